@@ -1,0 +1,21 @@
+"""ringflash: exact attention over sequences too long for one GPU.
+
+    import ringflash as rf
+
+    s = rf.Sharding(length, group, mask=rf.causal)       # built by every rank alone
+    out = rf.ring_attention(q, k, v, s)                  # q, k, v: this rank's shards, [batch, seq, heads, head_dim]
+
+Masks and layouts are values, plans are derived from them, and attention is a sum of partial results that can be taken in
+any order. ``docs/design.md`` tells the rest.
+"""
+
+from ringflash.attention import flash_attention, ring_attention
+from ringflash.errors import DeadlockError, PlanError, RingflashError, WireError
+from ringflash.layout import Layout
+from ringflash.local import local_world
+from ringflash.mask import Mask, causal, chunks, documents, full, prefix, window
+from ringflash.partial import Partial, merge, sink
+from ringflash.plan import Plan, verify
+from ringflash.shard import Sharding, plan, plans
+
+__version__ = "0.1.0"

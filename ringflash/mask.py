@@ -1,0 +1,265 @@
+"""Who may see whom: masks are values with an algebra.
+
+A mask is a *band*: two non-decreasing functions of the query position, and a query at global position ``p`` sees the
+keys at global positions ``lo(p) <= k < hi(p)``. Bands are closed under ``&`` (the larger lo, the smaller hi), so causal,
+sliding windows, packed documents, prefixes, chunks and every mixture of them are one kind of thing, and whoever knows
+``lo`` and ``hi`` needs to know nothing else. For ``causal & window(2, 0) & documents((0, 5, 8))``:
+
+    query 0  █ · · · · · · ·
+    query 1  █ █ · · · · · ·
+    query 2  █ █ █ · · · · ·
+    query 3  · █ █ █ · · · ·
+    query 4  · · █ █ █ · · ·
+    query 5  · · · · · █ · ·     a new document
+    query 6  · · · · · █ █ ·
+    query 7  · · · · · █ █ █
+
+A mask is written before any length is known, so it is kept as the few terms that define it, in a canonical form: two
+masks that let the same queries see the same keys compare and hash equal, however they were written.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+FAR = 1 << 60  # further than any position
+
+
+@dataclass(frozen=True, repr=False)
+class Mask:
+    """A band over global positions. Made by ``full``, ``causal``, ``window`` and friends, and joined with ``&``.
+
+    ``left`` and ``right`` bound the distance to a key (None: unlimited), ``prefix`` is the number of leading keys that
+    everybody sees beside their past (None: no such limit), ``chunks`` are the sizes of aligned chunks, ``documents`` the
+    offsets of packed documents: no row, one row for every batch row, or one row each.
+
+    >>> causal & causal == causal
+    True
+    >>> window(None, 0) == causal and hash(window(None, 0)) == hash(causal)
+    True
+    >>> causal & window(2, 5) & documents([0, 5, 8])
+    window(2, 0) & documents((0, 5, 8))
+    """
+
+    left: int | None = None
+    right: int | None = None
+    prefix: int | None = None
+    chunks: tuple[int, ...] = ()
+    documents: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        canonical = _canonical(self.left, self.right, self.prefix, self.chunks, self.documents)
+        for field, value in zip(fields(self), canonical, strict=True):
+            object.__setattr__(self, field.name, value)
+        object.__setattr__(self, "_hash", hash(canonical))  # documents may be thousands of offsets, hashed once
+
+    def __hash__(self) -> int:
+        return int(self._hash)  # type: ignore[attr-defined]
+
+    def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return Mask(
+            left=_least(self.left, other.left),
+            right=_least(self.right, other.right),
+            prefix=_least(self.prefix, other.prefix),
+            chunks=self.chunks + other.chunks,
+            documents=_join_documents(self.documents, other.documents),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Number of batch rows that this mask tells apart; 1 if all rows share it."""
+        return max(1, len(self.documents))
+
+    @property
+    def length(self) -> int | None:
+        """Number of positions that the packed documents cover; None without documents, when any length fits."""
+        return self.documents[0][-1] if self.documents else None
+
+    def bounds(self, positions: np.ndarray, row: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """``lo`` and ``hi`` of the queries at ``positions`` (int64, any order) in batch row ``row``.
+
+        Both are non-decreasing in the position, ``0 <= lo <= hi``; ``lo == hi`` where a query sees nothing. A query at
+        a negative position stands before the sequence (cross-attention): it is in no document, chunk or prefix.
+
+        >>> [list(map(int, x)) for x in causal.bounds(np.arange(3))]
+        [[0, 0, 0], [1, 2, 3]]
+        """
+        p = np.asarray(positions, dtype=np.int64)
+        lo, hi = np.zeros_like(p), np.full_like(p, FAR)
+        if self.left is not None:
+            lo = np.maximum(lo, p - self.left)
+        if self.right is not None:
+            hi = np.minimum(hi, p + self.right + 1)
+        if self.prefix is not None:
+            hi = np.minimum(hi, np.where(p < 0, p + 1, np.maximum(p + 1, self.prefix)))
+        for size in self.chunks:
+            start = p // size * size
+            lo, hi = np.maximum(lo, start), np.minimum(hi, start + size)
+        if self.documents:
+            offsets = np.asarray(self.documents[row if len(self.documents) > 1 else 0], dtype=np.int64)
+            document = np.searchsorted(offsets, p, side="right")  # 0 before the first, len(offsets) after the last
+            lo = np.maximum(lo, np.concatenate([offsets[:1], offsets])[document])
+            hi = np.minimum(hi, np.concatenate([offsets, offsets[-1:]])[document])
+        return lo, np.maximum(lo, hi)
+
+    def draw(self, length: int, keys: int | None = None, *, q_offset: int = 0, row: int = 0) -> str:
+        """The mask as text, one line per query: ``█`` a key that is seen, ``·`` one that is not.
+
+        >>> print(window(1, 0).draw(4))
+        █ · · ·
+        █ █ · ·
+        · █ █ ·
+        · · █ █
+        """
+        columns = np.arange(length if keys is None else keys)
+        lo, hi = self.bounds(np.arange(length) + q_offset, row)
+        seen = (columns >= lo[:, None]) & (columns < hi[:, None])
+        return "\n".join(" ".join("█" if cell else "·" for cell in line) for line in seen)
+
+    def __repr__(self) -> str:
+        terms = []
+        if self.left is not None:
+            terms.append(f"window({self.left}, {self.right})")
+        elif self.right is not None:
+            terms.append("causal" if self.right == 0 else f"window(None, {self.right})")
+        if self.prefix is not None:
+            terms.append(f"prefix({self.prefix})")
+        terms += [f"chunks({size})" for size in self.chunks]
+        if self.documents:
+            terms.append(f"documents({_brief(self.documents)})")
+        return " & ".join(terms) or "full"
+
+
+def window(left: int | None, right: int | None) -> Mask:
+    """Sliding window: a query at ``p`` sees the keys from ``p - left`` to ``p + right``, both included.
+
+    None is unlimited (not -1). A window of ``w`` tokens that ends at the query is ``window(w - 1, 0)``.
+    """
+    for name, value in (("left", left), ("right", right)):
+        if value is not None and _integer(value, f"window: {name}") < 0:
+            raise ValueError(f"window: {name} is {value}; a distance is 0 or more, and None means unlimited")
+    return Mask(left=left, right=right)
+
+
+def prefix(n: int) -> Mask:
+    """Prefix-LM: a query sees the first ``n`` keys and everything up to itself. It is causal already."""
+    if _integer(n, "prefix: n") < 0:
+        raise ValueError(f"prefix: n is {n}; a number of keys is 0 or more")
+    return Mask(prefix=n)
+
+
+def chunks(n: int) -> Mask:
+    """Chunked-local attention: positions are cut into chunks of ``n``, and a query sees its own chunk only."""
+    if _integer(n, "chunks: n") < 1:
+        raise ValueError(f"chunks: n is {n}; a chunk holds at least one position")
+    return Mask(chunks=(n,))
+
+
+def documents(cu_seqlens: Any) -> Mask:
+    """Packed documents: a query sees its own document only.
+
+    ``cu_seqlens`` are the offsets of the documents, from 0 to the length of the sequence, in order; empty documents are
+    allowed. One list serves every batch row; a list of lists gives one to each batch row. They are host integers: the
+    plan is made on the host, and reading a CUDA tensor would stop the device at every layer.
+
+    >>> documents([0, 3, 3, 8]) == documents((0, 3, 8))
+    True
+    """
+    if getattr(getattr(cu_seqlens, "device", None), "type", "cpu") != "cpu":
+        raise TypeError(
+            f"documents: cu_seqlens is a tensor on {cu_seqlens.device}; offsets are host integers, because the plan is "
+            "made on the host. Keep the list that the loader packed, or copy once per batch with cu_seqlens.tolist()"
+        )
+    table = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else list(cu_seqlens)
+    nested = bool(table) and isinstance(table[0], Iterable)
+    rows = [tuple(_integer(x, "documents: cu_seqlens") for x in row) for row in (table if nested else [table])]
+    for row in rows:
+        if len(row) < 2 or row[0] != 0:
+            raise ValueError(f"documents: cu_seqlens is {_shorten(row)}; offsets start with 0 and end with the length")
+        if any(b < a for a, b in zip(row, row[1:], strict=False)):
+            raise ValueError(f"documents: cu_seqlens is {_shorten(row)}; offsets must not decrease")
+    if len({row[-1] for row in rows}) > 1:
+        raise ValueError(
+            f"documents: the batch rows end at {sorted({row[-1] for row in rows})}; every row covers the same length"
+        )
+    return Mask(documents=tuple(rows))
+
+
+def _canonical(
+    left: int | None,
+    right: int | None,
+    prefix: int | None,
+    chunks: tuple[int, ...],
+    documents: tuple[tuple[int, ...], ...],
+) -> tuple[Any, ...]:
+    """The one way to write these terms: what another term implies is dropped."""
+    if documents:  # chunks inside a known length are just more boundaries
+        cuts = {c for size in chunks for c in range(0, documents[0][-1], size)}
+        documents = tuple(tuple(sorted(cuts.union(row))) for row in documents)
+        documents = documents[:1] if len(set(documents)) == 1 else documents
+        chunks = ()
+    chunks = tuple(sorted(n for n in set(chunks) if not any(n % m == 0 for m in chunks if m < n)))
+    if prefix is not None:
+        boundaries = [set(row) for row in documents]
+        while prefix > 1 and (
+            any((prefix - 1) % n == 0 for n in chunks) or (boundaries and all(prefix - 1 in b for b in boundaries))
+        ):
+            prefix -= 1  # the last key of the prefix opens a document: only queries behind it see it anyway
+        if prefix <= 1:  # the past alone
+            prefix, right = None, 0
+        elif documents and prefix >= documents[0][-1]:
+            prefix = None
+        elif right is not None and prefix <= right + 1:
+            right = None
+    if right == 0:
+        prefix = None
+    if chunks or documents:
+        longest = chunks[0] if chunks else max(b - a for row in documents for a, b in zip(row, row[1:], strict=False))
+        left = None if left is not None and left >= longest - 1 else left
+        right = None if right is not None and right >= longest - 1 else right
+    return left, right, prefix, chunks, documents
+
+
+def _join_documents(a: tuple[tuple[int, ...], ...], b: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    if not a or not b:
+        return a or b
+    if a[0][-1] != b[0][-1]:
+        raise ValueError(f"&: documents of lengths {a[0][-1]} and {b[0][-1]}; both masks must cover the same sequence")
+    if len(a) != len(b) and 1 not in (len(a), len(b)):
+        raise ValueError(f"&: documents for {len(a)} and {len(b)} batch rows; give one row, or equally many")
+    rows = max(len(a), len(b))
+    return tuple(tuple(sorted({*x, *y})) for x, y in zip(a * (rows // len(a)), b * (rows // len(b)), strict=True))
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _integer(value: Any, what: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} is {value!r} of type {type(value).__name__}; an integer is needed") from None
+
+
+def _brief(rows: tuple[tuple[int, ...], ...]) -> str:
+    shown = ", ".join(_shorten(row) for row in rows[:3])
+    return shown if len(rows) == 1 else f"[{shown}{', ...' if len(rows) > 3 else ''}]"
+
+
+def _shorten(row: tuple[int, ...]) -> str:
+    return str(row) if len(row) <= 9 else f"({', '.join(map(str, row[:4]))}, ... {len(row) - 1} documents ..., {row[-1]})"
+
+
+full = Mask()
+"""Everybody sees everybody."""
+
+causal = Mask(right=0)
+"""A query sees itself and the keys before it."""

@@ -1,0 +1,97 @@
+"""Partial attention results, and how they add up.
+
+Attention over a set of keys is a weighted mean. Two means over disjoint key sets combine if each remembers its weight,
+and the weight is exp(lse):
+
+    lse = log(exp(a.lse) + exp(b.lse))        out = exp(a.lse - lse) a.out + exp(b.lse - lse) b.out
+
+So partials form a commutative monoid (identity: out = 0, lse = -inf). Every distributed form of attention in this
+library is a choice of the order in which these additions happen.
+
+Milakov & Gimelshein 2018 (arXiv 1805.02867); Dao et al. 2022 (arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys: ``out [b, s, h, d]`` and its natural log-sum-exp ``lse [b, h, s]``.
+
+    Both are kept in the accumulation dtype: float32, or float64 for float64 inputs. A row that has seen no key has
+    ``out = 0`` and ``lse = -inf``, never NaN.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which partials and travelling gradients of ``dtype`` inputs are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def nothing(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Partial:
+    """The identity of :func:`merge`: what queries have seen before they met any key."""
+    out = torch.zeros(batch, tokens, heads, head_dim, dtype=dtype, device=device)
+    return Partial(out, torch.full((batch, heads, tokens), -torch.inf, dtype=dtype, device=device))
+
+
+def sink(logits: Tensor) -> Partial:
+    """An attention sink: one imaginary key per head with this logit and the value zero. ``logits [h]``.
+
+    It takes its part of the softmax and adds nothing. Broadcasts against any partial:
+
+    >>> part = Partial(torch.ones(1, 2, 3, 4), torch.zeros(1, 3, 2))
+    >>> merge(part, sink(torch.zeros(3))).out[0, 0, 0]
+    tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
+    return Partial(logits.new_zeros(1, 1, len(logits), 1), logits[None, :, None])
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Combine attention over two disjoint sets of keys. Differentiable; shapes broadcast.
+
+    Rows that have seen no key (``lse == -inf``, or FlashAttention 2's ``+inf``) take the other side unchanged, whatever
+    their out holds; a row that neither side has seen stays zero. Only differences of lse are exponentiated, so nothing
+    overflows.
+
+    >>> a, b = (Partial(torch.full((1, 1, 1, 1), x), torch.zeros(1, 1, 1)) for x in (1.0, 3.0))
+    >>> merge(a, b).out.item(), round(merge(a, b).lse.item(), 4)
+    (2.0, 0.6931)
+    """
+    lse, weight_a, weight_b = _weigh(a.lse, b.lse)
+    return Partial(_scaled(a.out, weight_a) + _scaled(b.out, weight_b), lse)
+
+
+def absorb(total: Partial, part: Partial) -> None:
+    """:func:`merge` in place, for a loop that owns ``total``: ``total = merge(total, part)``."""
+    lse, weight_total, weight_part = _weigh(total.lse, part.lse)
+    total.out.mul_(_per_row(weight_total)).add_(_scaled(part.out, weight_part))
+    total.lse.copy_(lse)
+
+
+def _weigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The joint lse ``[b, h, s]`` of two, and the weight of each in the joint mean (0 for a side that saw nothing)."""
+    a, b = (torch.where(x == torch.inf, -torch.inf, x) for x in (a, b))
+    top = torch.maximum(a, b).detach()
+    unseen = top == -torch.inf
+    top = torch.where(unseen, 0.0, top)
+    weight_a, weight_b = torch.exp(a - top), torch.exp(b - top)
+    total = torch.where(unseen, 1.0, weight_a + weight_b)
+    lse = torch.where(unseen, -torch.inf, top + torch.log(total))
+    return lse, weight_a / total, weight_b / total
+
+
+def _scaled(out: Tensor, weight: Tensor) -> Tensor:
+    weight = _per_row(weight)
+    return torch.where(weight == 0, 0.0, out * weight)  # a block that nobody wrote may hold NaN
+
+
+def _per_row(x: Tensor) -> Tensor:
+    """``[b, h, s]`` to ``[b, s, h, 1]``, to scale the rows of an out."""
+    return x.transpose(1, 2).unsqueeze(-1)

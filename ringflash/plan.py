@@ -1,0 +1,232 @@
+"""What one rank does, hop by hop: derived from layout x mask x route, never written by hand.
+
+Layouts, masks and routes do not know each other. A plan puts three questions to them: which keys can a query see
+(``mask.bounds``), where do those stand in a shard (``layout.below``), and who carries that shard past (``route.legs``).
+Zigzag's three-way branch, the off-by-one of stripes, hops that a window makes needless and the edges of documents are
+no code: they fall out as facts, and ``verify`` checks them for any set of plans.
+
+With sorted positions the keys that a query may see are one run of *local key indices*, ``[begin, end)``. These two
+numbers per query row are all that a kernel ever learns of masks and layouts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from ringflash.errors import PlanError
+from ringflash.layout import Layout
+from ringflash.mask import Mask
+from ringflash.route import Legs, Route, Transfer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of ``rank``: its queries are ``queries.positions(rank) + q_offset``, the shards are those of ``keys``.
+
+    Made by :func:`derive` (from a sharding: ``rf.plan(s)``). Printing a plan shows its steps.
+    """
+
+    rank: int
+    queries: Layout
+    keys: Layout
+    mask: Mask
+    route: Route
+    q_offset: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.queries.ranks
+
+    @cached_property
+    def legs(self) -> Legs:
+        return self.route.legs(self.rank, needs(self.queries, self.keys, self.mask, self.q_offset))
+
+    @property
+    def steps(self) -> int:
+        """Number of steps in which this rank computes or moves anything."""
+        legs = self.legs
+        moves = legs.visits + legs.onward_out + legs.onward_in + legs.home_out + legs.home_in
+        return 1 + max((move.step for move in moves), default=0)
+
+    @cached_property
+    def q_positions(self) -> np.ndarray:
+        """Global positions of this rank's queries, int64 ``[s_q]``, ascending."""
+        return self.queries.positions(self.rank) + self.q_offset
+
+    def intervals(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Local key indices ``[begin, end)`` in ``shard`` that each query sees; two int32 ``[rows, s_q]``.
+
+        ``rows`` is 1, or the batch size if batch rows hold different documents. ``begin <= end``, both non-decreasing.
+        """
+        bounds = [self.mask.bounds(self.q_positions, row) for row in range(self.mask.rows)]
+        begin = np.stack([self.keys.below(shard, lo) for lo, _ in bounds]).astype(np.int32)
+        end = np.stack([self.keys.below(shard, hi) for _, hi in bounds]).astype(np.int32)
+        return begin, end
+
+    def cells(self, shard: int) -> int:
+        """Number of (query, key) pairs that this rank computes against ``shard``, over the batch rows of the mask."""
+        begin, end = self.intervals(shard)
+        return int((end.astype(np.int64) - begin).sum())
+
+    def __str__(self) -> str:
+        legs = self.legs
+        head = f"rank {self.rank} of {self.ranks}: {len(self.q_positions)} queries, {self.mask}, {self.route}"
+        lines = [head, f"{'step':>4}  {'computes with':<28}{'sends onward':<18}{'sends home':<18}"]
+        for step in range(self.steps):
+            visit = next((v for v in legs.visits if v.step == step), None)
+            work = "-" if visit is None else f"shard {visit.shard} ({self.cells(visit.shard)} cells)"
+            onward, home = (_spell(moves, step) for moves in (legs.onward_out, legs.home_out))
+            lines.append(f"{step:>4}  {work:<28}{onward:<18}{home:<18}".rstrip())
+        return "\n".join(lines)
+
+
+@lru_cache(maxsize=1024)
+def derive(rank: int, queries: Layout, keys: Layout, mask: Mask, route: Route, q_offset: int = 0) -> Plan:
+    """The plan of one rank. Equal arguments give the same object, with what it has worked out so far."""
+    return Plan(rank, queries, keys, mask, route, q_offset)
+
+
+@lru_cache(maxsize=64)
+def needs(queries: Layout, keys: Layout, mask: Mask, q_offset: int) -> np.ndarray:
+    """``[r, s]``: does any query of rank r see any key of shard s, in any batch row? bool ``[ranks, ranks]``.
+
+    The rows of a solid run of queries together see one solid run of positions (a query sees itself and its neighbours
+    overlap), so its two ends decide. Rows of a striped run can step over keys: they are asked one by one.
+    """
+    owner = np.array([s for s, runs in enumerate(keys.runs) for _ in runs], dtype=np.int64)
+    spans = np.array([(k.start, k.stop, k.step) for runs in keys.runs for k in runs], dtype=np.int64).reshape(-1, 3)
+    start, stop, step = spans.T
+    table = np.zeros((queries.ranks, keys.ranks), dtype=bool)
+    for rank, runs in enumerate(queries.runs):
+        for run in runs:
+            for row in range(mask.rows):
+                lo, hi = mask.bounds(np.array([run[0], run[-1]]) + q_offset, row)
+                first = start + np.clip(-((start - lo[0]) // step), 0, None) * step  # first key at or after lo
+                met = np.unique(owner[first < np.minimum(stop, hi[-1])])
+                if run.step > 1:
+                    met = [s for s in met if not table[rank, s] and _sees(run, keys, int(s), mask, q_offset, row)]
+                table[rank, met] = True
+    table.setflags(write=False)
+    return table
+
+
+def _sees(run: range, keys: Layout, shard: int, mask: Mask, q_offset: int, row: int) -> bool:
+    """Does any query of ``run`` see any key of ``shard``? Its ends are asked first: for dense masks they settle it."""
+    for part in (run[:: max(1, len(run) - 1)], run):
+        lo, hi = mask.bounds(np.arange(part.start, part.stop, part.step) + q_offset, row)
+        if (keys.below(shard, hi) > keys.below(shard, lo)).any():
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What :func:`verify` found true of a set of plans."""
+
+    ranks: int
+    cells: int
+    visits: int
+    onward_hops: int
+    home_hops: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ranks} ranks: {self.cells} visible cells, each computed once in {self.visits} visits; "
+            f"{self.onward_hops} hops onward, {self.home_hops} home"
+        )
+
+
+def verify(plans: Sequence[Plan]) -> Verdict:
+    """Check the laws of a complete set of plans, one for each rank; raise :class:`PlanError` at the first broken one.
+
+    Layouts hold every position once; every visible (query, key) cell is computed exactly once; every message has two
+    ends; nobody sends what it does not hold; every contribution to a shard's gradient comes home exactly once.
+
+    A plan says nothing about numbers: NaN or inf at a key never crosses a hop that the plan dropped, but inside a tile
+    that is partly visible a kernel multiplies it by zero, and 0 x NaN is NaN for the rows of that tile.
+    """
+    if not plans or [p.rank for p in plans] != list(range(plans[0].ranks)):
+        raise PlanError(f"verify: got plans of ranks {[p.rank for p in plans]}; one plan for every rank, in order")
+    if len({(p.queries, p.keys, p.mask, p.route, p.q_offset) for p in plans}) > 1:
+        raise PlanError("verify: the plans are of different problems (layout, mask, route or q_offset differ)")
+    try:
+        plans[0].queries.check()
+        plans[0].keys.check()
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    cells = sum(_check_cells(plan) for plan in plans)
+    _check_messages(plans)
+    _check_holdings(plans)
+    _check_homecoming(plans)
+    legs = [p.legs for p in plans]
+    return Verdict(
+        ranks=len(plans),
+        cells=cells,
+        visits=sum(len(x.visits) for x in legs),
+        onward_hops=sum(len(x.onward_out) for x in legs),
+        home_hops=sum(len(x.home_out) for x in legs),
+    )
+
+
+def _check_cells(plan: Plan) -> int:
+    """Shards are disjoint, so distinct visits that add up to all visible cells compute each of them once."""
+    shards = [visit.shard for visit in plan.legs.visits]
+    if len(set(shards)) < len(shards):
+        raise PlanError(f"verify: rank {plan.rank} visits a shard twice: {sorted(shards)}")
+    if len({visit.step for visit in plan.legs.visits}) < len(shards):
+        raise PlanError(f"verify: rank {plan.rank} visits two shards in one step")
+    computed = sum(map(plan.cells, shards))
+    length = plan.keys.length
+    bounds = [plan.mask.bounds(plan.q_positions, row) for row in range(plan.mask.rows)]
+    visible = sum(int((hi.clip(0, length) - lo.clip(0, length)).sum()) for lo, hi in bounds)
+    if computed != visible:
+        raise PlanError(f"verify: rank {plan.rank} computes {computed} cells, but its queries see {visible}")
+    return computed
+
+
+def _check_messages(plans: Sequence[Plan]) -> None:
+    for phase in ("onward", "home"):
+        sent, received = (
+            Counter(
+                (m.step, *((p.rank, m.peer) if end == "out" else (m.peer, p.rank)), m.shard)
+                for p in plans
+                for m in getattr(p.legs, f"{phase}_{end}")
+            )
+            for end in ("out", "in")
+        )
+        if sent != received or any(n > 1 for n in sent.values()):
+            odd = min((sent - received) + (received - sent) + Counter({k: n - 1 for k, n in sent.items() if n > 1}))
+            raise PlanError("verify: message {} at step {}, rank {} to {}, shard {}, lacks an end".format(phase, *odd))
+
+
+def _check_holdings(plans: Sequence[Plan]) -> None:
+    for plan in plans:
+        held_from = {plan.rank: 0} | {m.shard: m.step + 1 for m in plan.legs.onward_in}
+        for use in (*plan.legs.visits, *plan.legs.onward_out):
+            if held_from.get(use.shard, plan.steps) > use.step:
+                raise PlanError(f"verify: rank {plan.rank} uses shard {use.shard} at step {use.step} without holding it")
+
+
+def _check_homecoming(plans: Sequence[Plan]) -> None:
+    """Follow each shard's total from visitor to visitor: it must pass every visitor once, and end at the owner."""
+    for shard, owner in enumerate(plans):
+        moves = sorted((m.step, p.rank, m.peer) for p in plans for m in p.legs.home_out if m.shard == shard)
+        visited = {p.rank: v.step for p in plans for v in p.legs.visits if v.shard == shard and p.rank != shard}
+        carried: list[int] = []
+        at = None
+        for step, source, target in moves:
+            if (at is not None and at != source) or visited.get(source, step + 1) > step or source in carried:
+                raise PlanError(f"verify: the total of shard {shard} leaves rank {source} at step {step} out of turn")
+            carried.append(source)
+            at = target
+        if set(carried) != set(visited) or (moves and at != owner.rank):
+            raise PlanError(f"verify: the total of shard {shard} reaches rank {at} with the shares of ranks {carried}")
+
+
+def _spell(moves: tuple[Transfer, ...], step: int) -> str:
+    return ", ".join(f"{m.shard} to rank {m.peer}" for m in moves if m.step == step) or "-"

@@ -1,0 +1,221 @@
+"""One immutable object says how a sequence is spread over ranks. Every rank builds it alone.
+
+A sharding is a length, a group, a mask, a layout and a route. From these each rank derives what it holds and does; equal
+arguments give equal answers everywhere, so nothing needs to be sent to agree.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringflash import layout as layouts
+from ringflash.layout import LAYOUTS, Layout
+from ringflash.mask import Mask, causal, full
+from ringflash.plan import Plan, derive
+from ringflash.route import ROUTES, Route
+from ringflash.wire import Group, Wire, address, connect, resolve
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ``length`` positions are spread over the ranks of ``group``, and who may see whom.
+
+    ``group``: a ProcessGroup, a DeviceMesh with one axis, a group of ``local_world``, ``(rank, ranks)`` to plan only, or
+    None for the default group. ``layout``: ``"contiguous"``, ``"zigzag"``, ``"striped"``, ``"auto"`` or a ``Layout``;
+    ``route``: ``"ring"``, ``"auto"`` or a route. ``auto`` depends on nothing that differs between ranks.
+    ``keys``: number of keys if they are not the queries' own (cross-attention, a cached prefix); ``q_offset`` is then the
+    global position of the first query, and required unless the mask is full.
+
+    Raises ``ValueError`` or ``TypeError`` for what does not fit together, before anything is sent.
+
+    >>> s = Sharding(8, (0, 2), layout="zigzag")
+    >>> s.positions
+    tensor([0, 1, 6, 7])
+    >>> s.shard(torch.arange(80, 88)[None], dim=1)
+    tensor([[80, 81, 86, 87]])
+    """
+
+    length: int
+    group: Group = None
+    mask: Mask = causal
+    layout: str | Layout = "auto"
+    route: str | Route = "auto"
+    keys: int | None = field(default=None, kw_only=True)
+    q_offset: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mask, Mask):
+            raise TypeError(f"Sharding: mask is {self.mask!r}; a mask is a value such as rf.causal & rf.window(4095, 0)")
+        length, keys = _count(self.length, "length"), _count(self.length if self.keys is None else self.keys, "keys")
+        if keys != length and self.q_offset is None and self.mask != full:
+            raise ValueError(
+                f"Sharding: {length} queries and {keys} keys under {self.mask}; say where the first query stands: "
+                f"q_offset={keys - length} aligns the ends, q_offset=0 the beginnings"
+            )
+        offset = operator.index(self.q_offset or 0)
+        if self.mask.length is not None and self.mask.length != keys:
+            raise ValueError(f"Sharding: the documents of the mask cover {self.mask.length} positions, the keys {keys}")
+        group = resolve(self.group)
+        ranks = address(group)[1]
+        chosen = self.layout
+        if isinstance(chosen, Layout):
+            chosen.check()
+            if (chosen.length, chosen.ranks) != (length, ranks) or keys != length:
+                raise ValueError(
+                    f"Sharding: layout has {chosen.length} positions on {chosen.ranks} ranks; needed are {length} "
+                    f"on {ranks}" + ("" if keys == length else f", and {keys} keys can only be laid out by name")
+                )
+        elif chosen == "auto":
+            chosen = layouts.choose(length, ranks, self.mask)
+        elif chosen not in LAYOUTS:
+            raise ValueError(f"Sharding: layout is {chosen!r}; accepted are 'auto', {', '.join(map(repr, LAYOUTS))}")
+        route = "ring" if self.route == "auto" else self.route
+        if isinstance(route, str):
+            if route not in ROUTES:
+                raise ValueError(f"Sharding: route is {route!r}; accepted are 'auto', {', '.join(map(repr, ROUTES))}")
+            route = ROUTES[route]
+        settled = dict(length=length, group=group, layout=chosen, route=route, keys=keys, q_offset=offset)
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def rank(self) -> int:
+        return address(self.group)[0]
+
+    @property
+    def ranks(self) -> int:
+        return address(self.group)[1]
+
+    @property
+    def wire(self) -> Wire:
+        return connect(self.group)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What this rank does."""
+        return self._plan_of(self.rank)
+
+    @property
+    def local_length(self) -> int:
+        """Number of positions that this rank holds."""
+        return self.plan.queries.tokens(self.rank)
+
+    @property
+    def positions(self) -> Tensor:
+        """The global positions that this rank holds, int64 ``[local_length]``, ascending."""
+        return torch.tensor(self.plan.queries.positions(self.rank))
+
+    @property
+    def key_sharding(self) -> Sharding:
+        """How the keys are spread: this sharding itself, unless ``keys`` is another length."""
+        if self.keys == self.length:
+            return self
+        return Sharding(self.keys, self.group, full, self.layout, self.route)  # type: ignore[arg-type]
+
+    def with_mask(self, mask: Mask) -> Sharding:
+        """The same layout under another mask, with a plan of its own. Equal to passing ``mask=`` to a call."""
+        if mask == self.mask:
+            return self
+        other = self._relatives.get(mask)
+        if other is None:
+            other = replace(self, mask=mask)
+            if len(self._relatives) >= 8:  # documents change every batch
+                self._relatives.pop(next(iter(self._relatives)))
+            self._relatives[mask] = other
+        return other
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of ``x``, whose ``dim`` is the whole sequence. Contiguous; differentiable."""
+        if x.shape[dim] != self.length:
+            raise ValueError(
+                f"shard: dim {dim} of a tensor of shape {tuple(x.shape)} has {x.shape[dim]} positions; this sharding "
+                f"has {self.length}" + ("" if self.keys == self.length else "; keys go through key_sharding.shard")
+            )
+        return x.index_select(dim, self.positions.to(x.device)).contiguous()
+
+    def unshard(self, x: Tensor, dim: int) -> Tensor:
+        """The whole sequence from every rank's part, on every rank. Collective.
+
+        Differentiable: the gradient of a position is summed over the ranks' whole sequences, so a loss that every rank
+        computes alike counts once per rank.
+        """
+        if x.shape[dim] != self.local_length:
+            raise ValueError(
+                f"unshard: dim {dim} of a tensor of shape {tuple(x.shape)} has {x.shape[dim]} positions; this rank "
+                f"holds {self.local_length} of {self.length}"
+            )
+        whole: Tensor = _Unshard.apply(x, self, dim % x.ndim)
+        return whole
+
+    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
+        """What an operator needs to run: the plan and the wire. The numbers of local tokens were checked before."""
+        return self.plan, self.wire
+
+    def _plan_of(self, rank: int) -> Plan:
+        queries, keys = self._layouts
+        return derive(rank, queries, keys, self.mask, self.route, self.q_offset)  # type: ignore[arg-type]
+
+    @cached_property
+    def _layouts(self) -> tuple[Layout, Layout]:
+        if isinstance(self.layout, Layout):
+            return self.layout, self.layout
+        make = LAYOUTS[self.layout]
+        return make(self.length, self.ranks), make(self.keys, self.ranks)  # type: ignore[arg-type]
+
+    @cached_property
+    def _relatives(self) -> dict[Mask, Sharding]:
+        return {}
+
+
+def plan(s: Sharding) -> Plan:
+    """What this rank does under ``s``; print it.
+
+    >>> print(plan(Sharding(8, (1, 2), layout="contiguous")))
+    rank 1 of 2: 4 queries, causal, Ring()
+    step  computes with               sends onward      sends home
+       0  shard 1 (10 cells)          -                 -
+       1  shard 0 (16 cells)          -                 0 to rank 0
+    """
+    return s.plan
+
+
+def plans(s: Sharding) -> list[Plan]:
+    """The plans of all ranks, for :func:`ringflash.verify` and pictures. Nothing is sent: each is derived here."""
+    return [s._plan_of(rank) for rank in range(s.ranks)]
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, s: Sharding, dim: int) -> Tensor:
+        ctx.sharding, ctx.dim = s, dim  # type: ignore[attr-defined]
+        layout = s.plan.queries
+        longest = max(map(layout.tokens, range(s.ranks)))
+        padded = x.new_zeros(longest, *x.shape[:dim], *x.shape[dim + 1 :])  # gathers need equal shapes
+        padded[: x.shape[dim]] = x.movedim(dim, 0)
+        parts = [part[: layout.tokens(rank)] for rank, part in enumerate(s.wire.all_gather(padded))]
+        order = np.concatenate([layout.positions(rank) for rank in range(s.ranks)])
+        whole = torch.empty_like(torch.cat(parts))
+        whole[torch.from_numpy(order).to(x.device)] = torch.cat(parts)
+        return whole.movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        ctx.sharding.wire.all_reduce(total)  # type: ignore[attr-defined]
+        return ctx.sharding.shard(total, ctx.dim), None, None  # type: ignore[attr-defined]
+
+
+def _count(value: object, name: str) -> int:
+    try:
+        count = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"Sharding: {name} is {value!r}; a number of positions is needed") from None
+    if count < 0:
+        raise ValueError(f"Sharding: {name} is {count}; a number of positions is 0 or more")
+    return count
