@@ -14,8 +14,10 @@ from ringflash.errors import DeadlockError, PlanError, RingflashError, WireError
 from ringflash.layout import Layout
 from ringflash.local import local_world
 from ringflash.mask import Mask, causal, chunks, documents, full, prefix, window
+from ringflash.modules import RingAttention
 from ringflash.partial import Partial, merge, sink
 from ringflash.plan import Plan, verify
+from ringflash.sequence_parallel import SequenceParallel
 from ringflash.shard import Sharding, plan, plans
 
 __version__ = "0.1.0"
