@@ -21,3 +21,31 @@ from ringflash.sequence_parallel import SequenceParallel
 from ringflash.shard import Sharding, plan, plans
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DeadlockError",
+    "Layout",
+    "Mask",
+    "Partial",
+    "Plan",
+    "PlanError",
+    "RingAttention",
+    "RingflashError",
+    "SequenceParallel",
+    "Sharding",
+    "WireError",
+    "causal",
+    "chunks",
+    "documents",
+    "flash_attention",
+    "full",
+    "local_world",
+    "merge",
+    "plan",
+    "plans",
+    "prefix",
+    "ring_attention",
+    "sink",
+    "verify",
+    "window",
+]

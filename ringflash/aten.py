@@ -94,9 +94,7 @@ def _tiles_of_batch(q: Tensor, intervals: Intervals) -> Iterator[tuple[slice, Ti
             yield rows, tile
 
 
-def _bias(
-    tile: Tile, intervals: Intervals, rows: slice, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
+def _bias(tile: Tile, intervals: Intervals, rows: slice, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The additive mask of a tile, ``[queries, keys]``, and which queries it leaves with nothing; None if it needs none."""
     if tile.kind != "masked":
         return None, None

@@ -1,14 +1,7 @@
-"""Exact attention, on one device and on many: the public functions and the one operator behind them.
+"""Exact attention, on one device and on many: the public functions, and the checks that precede all communication.
 
-``flash_attention`` is ``ring_attention`` on a ring of one. Both check their arguments, then call a ``torch.library``
-operator with registered autograd, so that graph capture, selective checkpointing and double-backward guards see one
-opaque step. What the operator has to do is found through a *handle*, a 0-dim int64 tensor that indexes a table of
-recipes: plans may change every batch, and a tensor's value, unlike a string or a number, does not recompile a graph.
-
-Forward: partials over the shards that come by are added up in the accumulation dtype (float32; float64 for float64).
-Backward: with the lse and delta of the whole row, p = exp(s - lse) is the final softmax, and gradients simply add.
-
-    delta = rowsum(dout * out) - dlse        (the second term makes lse differentiable)
+``flash_attention`` is ``ring_attention`` on a ring of one. Whatever is wrong with the arguments is said here, on values
+that are equal on all ranks, in one sentence: which argument, what came, what is accepted.
 
 Liu et al. 2023 (arXiv 2310.01889); Dao et al. 2022 (arXiv 2205.14135).
 """
@@ -16,38 +9,64 @@ Liu et al. 2023 (arXiv 2310.01889); Dao et al. 2022 (arXiv 2205.14135).
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from ringflash.backend import select
-from ringflash.circulate import Freight, circulate
-from ringflash.errors import RingflashError
-from ringflash.intervals import intervals_of
 from ringflash.layout import contiguous
 from ringflash.mask import Mask, causal, full
-from ringflash.partial import absorb, accumulation_dtype, nothing, sink
+from ringflash.operator import Recipe, attend, recipes
 from ringflash.plan import Plan, derive
 from ringflash.reference import Scoring
 from ringflash.route import ring
 from ringflash.shard import Sharding
 from ringflash.wire import Unconnected, Wire
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class Options(TypedDict, total=False):
+    """The options that both functions share, as a type checker sees them."""
+
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+    seed: int | Tensor | None
+    deterministic: bool
+
+
 @overload
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask = ..., scale: float | None = ..., *, return_lse: Literal[True], **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask = ...,
+    scale: float | None = ...,
+    *,
+    return_lse: Literal[True],
+    q_offset: int | None = ...,
+    backend: str = ...,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask = ..., scale: float | None = ..., *, return_lse: Literal[False] = ..., **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask = ...,
+    scale: float | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    q_offset: int | None = ...,
+    backend: str = ...,
+    **options: Unpack[Options],
 ) -> Tensor: ...
 def flash_attention(
     q: Tensor,
@@ -88,7 +107,7 @@ def flash_attention(
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"flash_attention: mask is {mask!r}; a mask is a value such as rf.causal & rf.window(4095, 0)")
-    options = _Options("flash_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend)
+    options = _Given("flash_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend)
     _check_tensors("flash_attention", q, k, v, mask)
     if q.shape[1] != k.shape[1] and q_offset is None and mask != full:
         raise ValueError(
@@ -102,13 +121,28 @@ def flash_attention(
 
 @overload
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, s: Sharding, mask: Mask | None = ..., scale: float | None = ..., *,
-    return_lse: Literal[True], **options: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Sharding,
+    mask: Mask | None = ...,
+    scale: float | None = ...,
+    *,
+    return_lse: Literal[True],
+    backend: str = ...,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, s: Sharding, mask: Mask | None = ..., scale: float | None = ..., *,
-    return_lse: Literal[False] = ..., **options: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Sharding,
+    mask: Mask | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+    **options: Unpack[Options],
 ) -> Tensor: ...
 def ring_attention(
     q: Tensor,
@@ -144,9 +178,11 @@ def ring_attention(
     torch.Size([1, 6, 1, 1])
     """
     if not isinstance(s, Sharding):
-        raise TypeError(f"ring_attention: the fourth argument is a {type(s).__name__}; it is the rf.Sharding of q and k")
+        raise TypeError(
+            f"ring_attention: the fourth argument is a {type(s).__name__}; it is the rf.Sharding of q and k"
+        )
     s = s if mask is None else s.with_mask(mask)
-    options = _Options("ring_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend)
+    options = _Given("ring_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend)
     _check_tensors("ring_attention", q, k, v, s.mask)
     for name, tensor, side in (("query", q, s), ("key", k, s.key_sharding)):
         if tensor.shape[1] != side.local_length:
@@ -155,11 +191,6 @@ def ring_attention(
                 f"{side.local_length} of {side.length} in the {side.layout} layout: use s.shard(x, dim=1)"
             )
     return _run(q, k, v, s, options, return_lse)
-
-
-class _Recipe(Hashable, Protocol):
-    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
-        """The plan and the wire for so many local queries and keys."""
 
 
 @dataclass(frozen=True)
@@ -172,42 +203,9 @@ class _OneDevice:
         return one, Unconnected(0, 1)
 
 
-class _Recipes:
-    """A bounded table: recipe to handle and back. A recipe must outlive the backward of the forward that used it."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._lock, self._made = most, threading.Lock(), 0
-        self._handles: OrderedDict[_Recipe, Tensor] = OrderedDict()
-        self._recipes: dict[int, _Recipe] = {}
-
-    def handle(self, recipe: _Recipe) -> Tensor:
-        with self._lock:
-            found = self._handles.get(recipe)
-            if found is None:
-                found = self._handles[recipe] = torch.tensor(self._made)
-                self._recipes[self._made] = recipe
-                self._made += 1
-                if len(self._handles) > self._most:
-                    _, oldest = self._handles.popitem(last=False)
-                    del self._recipes[int(oldest)]
-            self._handles.move_to_end(recipe)
-            return found
-
-    def __getitem__(self, handle: Tensor) -> _Recipe:
-        try:
-            return self._recipes[int(handle)]
-        except KeyError:
-            raise RingflashError(
-                f"more than {self._most} other shardings were used between a forward and its backward; run backward sooner"
-            ) from None
-
-
-_recipes = _Recipes(most=4096)
-
-
 @dataclass(frozen=True)
-class _Options:
-    """The options that both public functions share, as they were given."""
+class _Given:
+    """The options of a call, as they were given."""
 
     caller: str
     scale: float | None
@@ -227,21 +225,27 @@ class _Options:
         if not 0 <= self.dropout_p < 1:
             raise ValueError(f"{caller}: dropout_p is {self.dropout_p}; a probability below 1 is needed")
         if self.dropout_p and self.seed is None:
-            raise ValueError(f"{caller}: dropout_p is {self.dropout_p} without seed; pass one integer, equal on all ranks")
+            raise ValueError(
+                f"{caller}: dropout_p is {self.dropout_p} without seed; pass one integer, equal on all ranks"
+            )
         if isinstance(self.seed, Tensor) and (self.seed.ndim or self.seed.dtype != torch.int64 or self.seed.is_cuda):
             raise ValueError(f"{caller}: seed is a tensor; it must be 0-dim, int64 and on the CPU")
-        shapes = {"sinks": [(heads,)], "alibi_slopes": [(heads,), (batch, heads)]}
+        shapes: dict[str, list[tuple[int, ...]]] = {"sinks": [(heads,)], "alibi_slopes": [(heads,), (batch, heads)]}
         for name, accepted in shapes.items():
             tensor = getattr(self, name)
             if tensor is None:
                 continue
             if tuple(tensor.shape) not in accepted:
                 wanted = " or ".join(map(str, accepted))
-                raise ValueError(f"{caller}: {name} has shape {tuple(tensor.shape)}; one value per query head, {wanted}")
+                raise ValueError(
+                    f"{caller}: {name} has shape {tuple(tensor.shape)}; one value per query head, {wanted}"
+                )
             if not tensor.is_floating_point() or tensor.device != q.device:
                 raise ValueError(f"{caller}: {name} is {tensor.dtype} on {tensor.device}; floating point on {q.device}")
         if self.alibi_slopes is not None and self.alibi_slopes.requires_grad:
-            raise ValueError(f"{caller}: alibi_slopes requires a gradient, and slopes have none; pass alibi_slopes.detach()")
+            raise ValueError(
+                f"{caller}: alibi_slopes requires a gradient, and slopes have none; pass alibi_slopes.detach()"
+            )
 
 
 def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
@@ -261,7 +265,9 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> 
     if not q.device == k.device == v.device:
         raise ValueError(f"{caller}: query, key, value are on {q.device}, {k.device}, {v.device}; one device is needed")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"{caller}: query, key, value have batch {q.shape[0]}, {k.shape[0]}, {v.shape[0]}; they must agree")
+        raise ValueError(
+            f"{caller}: query, key, value have batch {q.shape[0]}, {k.shape[0]}, {v.shape[0]}; they must agree"
+        )
     if k.shape[1:3] != v.shape[1:3]:
         raise ValueError(
             f"{caller}: key has {k.shape[1]} positions and {k.shape[2]} heads, value {v.shape[1]} and {v.shape[2]}"
@@ -277,7 +283,7 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> 
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, recipe: _Recipe, options: _Options, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: _Given, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     options.check(q)
     scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
@@ -286,12 +292,16 @@ def _run(
         backend = select(options.backend, q, v, scoring).name
     except ValueError as error:
         raise ValueError(f"{options.caller}: {error}") from None
-    seed = torch.tensor(0 if options.seed is None else options.seed) if not isinstance(options.seed, Tensor) else options.seed
-    out, lse = _attend(
+    seed = (
+        torch.tensor(0 if options.seed is None else options.seed)
+        if not isinstance(options.seed, Tensor)
+        else options.seed
+    )
+    out, lse = attend(
         q,
         k,
         v,
-        _recipes.handle(recipe),
+        recipes.handle(recipe),
         options.sinks,
         options.alibi_slopes,
         seed,
@@ -301,108 +311,3 @@ def _run(
         backend,
     )
     return (out, lse) if return_lse else out
-
-
-@torch.library.custom_op("ringflash::attend", mutates_args=())
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    handle: Tensor,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    plan, wire = _recipes[handle].bind(q.shape[1], k.shape[1])
-    scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
-    engine = select(backend, q, v, scoring)
-    batch, tokens, heads, _ = q.shape
-    total = nothing(batch, tokens, heads, v.shape[3], accumulation_dtype(q.dtype), q.device)
-    if sinks is not None:
-        absorb(total, sink(sinks.to(total.lse.dtype)))
-
-    def visit(shard: int, tensors: tuple[Tensor, ...]) -> None:
-        engine.attend(q, *tensors, intervals_of(plan, shard, q.device), scoring, total)
-
-    circulate(plan, wire, (k, v), visit)
-    return total.out.to(q.dtype), total.lse
-
-
-@torch.library.custom_op("ringflash::attend_backward", mutates_args=())
-def _attend_backward(
-    dout: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    handle: Tensor,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan, wire = _recipes[handle].bind(q.shape[1], k.shape[1])
-    scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
-    engine = select(backend, q, v, scoring)
-    dtype = lse.dtype
-    delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1).transpose(1, 2) - dlse
-    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-
-    def visit(shard: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        intervals = intervals_of(plan, shard, q.device)
-        return engine.attend_backward(dout, q, *tensors, lse, delta, intervals, scoring, dq)
-
-    dk, dv = circulate(plan, wire, (k, v), visit, home=Freight.like((k, v), dtype)) or ()
-    dsinks = q.new_zeros(0)
-    if sinks is not None:  # the sink's value is 0, so its ds is -p delta
-        share = torch.exp(sinks.to(dtype)[:, None] - torch.where(lse == -torch.inf, 0.0, lse))
-        dsinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
-    # what leaves an operator must not be a view of a buffer: a parcel holds both gradients
-    return dq.to(q.dtype), _own(dk, k.dtype), _own(dv, v.dtype), dsinks
-
-
-def _own(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
-
-
-@_attend.register_fake
-def _(q, k, v, handle, sinks, alibi_slopes, seed, scale, softcap, dropout_p, backend):  # type: ignore[no-untyped-def]
-    batch, tokens, heads, _ = q.shape
-    lse = q.new_empty(batch, heads, tokens, dtype=accumulation_dtype(q.dtype))
-    return q.new_empty(batch, tokens, heads, v.shape[3]), lse
-
-
-@_attend_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, handle, sinks, *options):  # type: ignore[no-untyped-def]
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, handle, sinks, alibi_slopes, seed, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, handle, sinks, alibi_slopes, seed)
-
-
-def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
-    *saved, sinks, alibi_slopes, seed = ctx.saved_tensors
-    dq, dk, dv, dsinks = _attend_backward(dout, dlse, *saved, sinks, alibi_slopes, seed, *ctx.options)
-    return dq, dk, dv, None, None if sinks is None else dsinks, *(None,) * 6
-
-
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "ringflash: attention can be differentiated once; the gradient of its gradient is not implemented "
-        "(create_graph=True, gradient penalties and Hessians need backend-free attention)"
-    )
-
-
-_attend.register_autograd(_differentiate, setup_context=_save)
-_attend_backward.register_autograd(_refuse_second_derivative)

@@ -131,7 +131,8 @@ def _post_home(
     out, back = _at(plan.legs.home_out, step), _at(plan.legs.home_in, step)
     rooms = {move.shard: home.blank(plan.keys.tokens(move.shard)) for move in back}
     batch = wire.exchange(
-        [(move.peer, totals[move.shard].buffer) for move in out], [(move.peer, rooms[move.shard].buffer) for move in back]
+        [(move.peer, totals[move.shard].buffer) for move in out],
+        [(move.peer, rooms[move.shard].buffer) for move in back],
     )
     coming |= {shard: (batch, room) for shard, room in rooms.items()}
     return batch, next(iter(totals.values()), None)
@@ -160,4 +161,4 @@ def _at(moves: tuple[Transfer, ...], step: int) -> list[Transfer]:
 
 def _needed(plan: Plan, shard: int, after: int) -> bool:
     """Does this rank use ``shard`` in any step behind ``after``?"""
-    return any(use.shard == shard and use.step > after for use in (*plan.legs.visits, *plan.legs.onward_out))
+    return any(use.shard == shard and use.step > after for use in plan.legs.uses)

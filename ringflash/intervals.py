@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -70,22 +71,30 @@ class Intervals:
 
     @property
     def nbytes(self) -> int:
-        return self.begin.nbytes + self.end.nbytes
+        return self.begin.nbytes + self.end.nbytes + 1024  # about what an object costs beside its tensors
 
 
-def intervals_of(plan: Plan, shard: int, device: torch.device) -> Intervals:
-    """The table of a visit, from a cache of about 64 MiB: some eight live shardings of a million tokens."""
-    key = (plan, shard, device)
-    found = _cache.pop(key, None)
-    if found is None:
-        found = Intervals(plan, shard, device)
-        while _cache and sum(x.nbytes for x in _cache.values()) + found.nbytes > _BYTES_KEPT:
-            _cache.popitem(last=False)
-    _cache[key] = found  # the newest stands last
-    return found
+class _Cache:
+    """The tables that were used last, up to a number of bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._tables: OrderedDict[tuple[Plan, int, torch.device], Intervals] = OrderedDict()
+
+    def get(self, plan: Plan, shard: int, device: torch.device) -> Intervals:
+        key = (plan, shard, device)
+        found = self._tables.pop(key, None)
+        if found is None:
+            found = Intervals(plan, shard, device)
+            self._bytes += found.nbytes
+            while self._tables and self._bytes > self._most:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+        self._tables[key] = found  # the newest stands last
+        return found
 
 
-_cache: OrderedDict[tuple[Plan, int, torch.device], Intervals] = OrderedDict()
+intervals_of = _Cache(_BYTES_KEPT).get
+"""``intervals_of(plan, shard, device)``: the table of a visit, kept for the next layer and the next step."""
 
 
 def tiles(begin: np.ndarray, end: np.ndarray) -> list[Tile]:
@@ -114,7 +123,7 @@ def _stretches(begin: np.ndarray, end: np.ndarray) -> Iterator[tuple[int, int, b
     manner = np.where((np.diff(begin) != 0) | (climb > 1), 2, climb)  # of the step from each row to the next
     edges = [0, *(np.flatnonzero(np.diff(manner)) + 1).tolist(), len(manner)] if len(manner) else []
     at = 0
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         first, last = max(at, start), stop + 1
         if manner[start] == 2 or last - first < _SHORT:
             continue

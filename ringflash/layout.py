@@ -81,7 +81,9 @@ class Layout:
             raise ValueError("layout: every position from 0 to the length must be on exactly one rank")
 
     def __repr__(self) -> str:
-        shown = "; ".join(f"{r}: {' '.join(_spell(x) for x in runs) or 'nothing'}" for r, runs in enumerate(self.runs[:4]))
+        shown = "; ".join(
+            f"{r}: {' '.join(_spell(x) for x in runs) or 'nothing'}" for r, runs in enumerate(self.runs[:4])
+        )
         return f"Layout({self.length} positions on {self.ranks} ranks: {shown}{'; ...' if self.ranks > 4 else ''})"
 
 
@@ -130,7 +132,9 @@ def _solid(*runs: range) -> tuple[range, ...]:
 
 @lru_cache(maxsize=256)
 def _positions(runs: tuple[range, ...]) -> np.ndarray:
-    positions = np.concatenate([np.arange(r.start, r.stop, r.step, dtype=np.int64) for r in runs] or [np.zeros(0, np.int64)])
+    positions = np.concatenate(
+        [np.arange(r.start, r.stop, r.step, dtype=np.int64) for r in runs] or [np.zeros(0, np.int64)]
+    )
     positions.setflags(write=False)
     return positions
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ def documents(cu_seqlens: Any) -> Mask:
     for row in rows:
         if len(row) < 2 or row[0] != 0:
             raise ValueError(f"documents: cu_seqlens is {_shorten(row)}; offsets start with 0 and end with the length")
-        if any(b < a for a, b in zip(row, row[1:], strict=False)):
+        if any(b < a for a, b in pairwise(row)):
             raise ValueError(f"documents: cu_seqlens is {_shorten(row)}; offsets must not decrease")
     if len({row[-1] for row in rows}) > 1:
         raise ValueError(
@@ -221,7 +222,7 @@ def _canonical(
     if right == 0:
         prefix = None
     if chunks or documents:
-        longest = chunks[0] if chunks else max(b - a for row in documents for a, b in zip(row, row[1:], strict=False))
+        longest = chunks[0] if chunks else max(b - a for row in documents for a, b in pairwise(row))
         left = None if left is not None and left >= longest - 1 else left
         right = None if right is not None and right >= longest - 1 else right
     return left, right, prefix, chunks, documents
@@ -255,7 +256,9 @@ def _brief(rows: tuple[tuple[int, ...], ...]) -> str:
 
 
 def _shorten(row: tuple[int, ...]) -> str:
-    return str(row) if len(row) <= 9 else f"({', '.join(map(str, row[:4]))}, ... {len(row) - 1} documents ..., {row[-1]})"
+    return (
+        str(row) if len(row) <= 9 else f"({', '.join(map(str, row[:4]))}, ... {len(row) - 1} documents ..., {row[-1]})"
+    )
 
 
 full = Mask()

@@ -46,7 +46,9 @@ class RingAttention(nn.Module):
             raise ValueError(f"RingAttention: dim {dim} is not a multiple of heads {heads}; pass head_dim")
         head_dim = dim // heads if head_dim is None else head_dim
         if heads % kv_heads:
-            raise ValueError(f"RingAttention: heads is {heads}, kv_heads {kv_heads}; heads must be a multiple of kv_heads")
+            raise ValueError(
+                f"RingAttention: heads is {heads}, kv_heads {kv_heads}; heads must be a multiple of kv_heads"
+            )
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"RingAttention: head_dim is {head_dim}; rotary positions turn pairs, so it must be even")
         self.head_dim, self.rope_theta, self.mask = head_dim, rope_theta, full if mask is None else mask

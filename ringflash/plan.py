@@ -107,9 +107,9 @@ def needs(queries: Layout, keys: Layout, mask: Mask, q_offset: int) -> np.ndarra
             for row in range(mask.rows):
                 lo, hi = mask.bounds(np.array([run[0], run[-1]]) + q_offset, row)
                 first = start + np.clip(-((start - lo[0]) // step), 0, None) * step  # first key at or after lo
-                met = np.unique(owner[first < np.minimum(stop, hi[-1])])
+                met = np.unique(owner[first < np.minimum(stop, hi[-1])]).tolist()
                 if run.step > 1:
-                    met = [s for s in met if not table[rank, s] and _sees(run, keys, int(s), mask, q_offset, row)]
+                    met = [s for s in met if not table[rank, s] and _sees(run, keys, s, mask, q_offset, row)]
                 table[rank, met] = True
     table.setflags(write=False)
     return table
@@ -207,9 +207,11 @@ def _check_messages(plans: Sequence[Plan]) -> None:
 def _check_holdings(plans: Sequence[Plan]) -> None:
     for plan in plans:
         held_from = {plan.rank: 0} | {m.shard: m.step + 1 for m in plan.legs.onward_in}
-        for use in (*plan.legs.visits, *plan.legs.onward_out):
+        for use in plan.legs.uses:
             if held_from.get(use.shard, plan.steps) > use.step:
-                raise PlanError(f"verify: rank {plan.rank} uses shard {use.shard} at step {use.step} without holding it")
+                raise PlanError(
+                    f"verify: rank {plan.rank} uses shard {use.shard} at step {use.step} without holding it"
+                )
 
 
 def _check_homecoming(plans: Sequence[Plan]) -> None:

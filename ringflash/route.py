@@ -52,6 +52,11 @@ class Legs:
     home_out: tuple[Transfer, ...] = ()
     home_in: tuple[Transfer, ...] = ()
 
+    @property
+    def uses(self) -> tuple[Visit | Transfer, ...]:
+        """Whatever needs a shard to be here: visits, and sending it on."""
+        return self.visits + self.onward_out
+
 
 class Route(Protocol):
     """Anything with ``legs(rank, needs)``; a route is a value that compares and hashes."""

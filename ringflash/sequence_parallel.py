@@ -29,7 +29,7 @@ from ringflash.wire import Group, Wire, address, connect, resolve
 
 IGNORED = -100  # the label of a token without a target, as in torch.nn.functional.cross_entropy
 
-SEQUENCE_DIMS = {
+SEQUENCE_DIMS: dict[str, int | None] = {
     "input_ids": 1,
     "inputs_embeds": 1,
     "position_ids": -1,
@@ -112,7 +112,7 @@ class SequenceParallel(nn.Module):
         s = self.sharding = Sharding(length, self._group, mask, self._layout)
         for module in self.module.modules():
             if _takes_part(module):
-                module.sharding = s
+                setattr(module, "sharding", s)  # noqa: B010 - a type checker knows only tensors and modules here
         labels = _targets(inputs)
         labels = None if labels is None else self._local("labels", labels, s)
         local = {name: self._local(name, value, s) for name, value in inputs.items()}
@@ -144,10 +144,12 @@ class SequenceParallel(nn.Module):
     def _length(self, inputs: dict[str, Any]) -> int:
         for name in ("input_ids", "inputs_embeds", *self._seq_dims):
             value = inputs.get(name)
-            dim = self._seq_dims[name]
+            dim = self._seq_dims.get(name)
             if isinstance(value, Tensor) and dim is not None:
                 return value.shape[dim]
-        raise ValueError(f"SequenceParallel: none of {sorted(inputs)} is a sequence; name one with seq_dims={{'name': dim}}")
+        raise ValueError(
+            f"SequenceParallel: none of {sorted(inputs)} is a sequence; name one with seq_dims={{'name': dim}}"
+        )
 
     def _local(self, name: str, value: Any, s: Sharding) -> Any:
         if not isinstance(value, Tensor):
@@ -202,7 +204,7 @@ class _Stated(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -225,7 +227,7 @@ class _GradientSum:
         if self._wire.ranks == 1:
             return
         if not self._earlier:
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
         if index not in self._earlier:
             self._earlier[index] = self._parameters[index].grad
             self._parameters[index].grad = None
@@ -276,7 +278,9 @@ def _with_padding(mask: Mask, attention_mask: Tensor | None) -> Mask:
     for row in (attention_mask != 0).tolist():
         edges = [i for i in range(1, len(row)) if row[i] != row[i - 1]]
         if sum(row[i] for i in (0, *edges)) > 1:
-            raise ValueError("SequenceParallel: attention_mask pads between the tokens of a row; only its ends can be padded")
+            raise ValueError(
+                "SequenceParallel: attention_mask pads between the tokens of a row; only its ends can be padded"
+            )
         rows.append([0, *edges, len(row)])
     return mask & documents(rows)
 

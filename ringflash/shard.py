@@ -51,7 +51,9 @@ class Sharding:
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
-            raise TypeError(f"Sharding: mask is {self.mask!r}; a mask is a value such as rf.causal & rf.window(4095, 0)")
+            raise TypeError(
+                f"Sharding: mask is {self.mask!r}; a mask is a value such as rf.causal & rf.window(4095, 0)"
+            )
         length, keys = _count(self.length, "length"), _count(self.length if self.keys is None else self.keys, "keys")
         if keys != length and self.q_offset is None and self.mask != full:
             raise ValueError(
@@ -205,7 +207,7 @@ class _Unshard(torch.autograd.Function):
         return whole.movedim(0, dim).contiguous()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         total = gradient.clone(memory_format=torch.contiguous_format)
         ctx.sharding.wire.all_reduce(total)  # type: ignore[attr-defined]
         return ctx.sharding.shard(total, ctx.dim), None, None  # type: ignore[attr-defined]

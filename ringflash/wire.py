@@ -78,7 +78,9 @@ def resolve(group: Group) -> Group:
         return (0, 1)
     if isinstance(group, dist.device_mesh.DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"group is a mesh with axes {group.mesh_dim_names}; pass one axis of it, as mesh['context']")
+            raise ValueError(
+                f"group is a mesh with axes {group.mesh_dim_names}; pass one axis of it, as mesh['context']"
+            )
         return group.get_group()
     if isinstance(group, tuple | list):
         if len(group) != 2 or not all(isinstance(x, int) for x in group) or not 0 <= group[0] < group[1]:
@@ -108,7 +110,7 @@ def connect(group: Group) -> Wire:
     if isinstance(group, tuple):
         return Unconnected(*group)
     if not isinstance(group, dist.ProcessGroup):
-        return group.wire  # type: ignore[no-any-return]
+        return group.wire
     wire = _wires.get(group)
     if wire is None:
         wire = _wires[group] = DistributedWire(group)

@@ -6,7 +6,8 @@ It shares no code with the library: a mask comes in as a predicate written out f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def window(left: int | None, right: int | None) -> Predicate:
 
 def documents(offsets: Sequence[int]) -> Predicate:
     def document(p: int) -> int:
-        return next((i for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)) if a <= p < b), -1)
+        return next((i for i, (a, b) in enumerate(pairwise(offsets)) if a <= p < b), -1)
 
     return lambda q, k: document(q) == document(k) != -1
 
@@ -94,7 +95,9 @@ def attention(
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 
-def answer(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dout: Tensor, dlse: Tensor | None = None, **options) -> Answer:  # type: ignore[no-untyped-def]
+def answer(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dout: Tensor, dlse: Tensor | None = None, **options: Any
+) -> Answer:
     """Out, lse and gradients for the loss ``(out * dout).sum() + (lse * dlse).sum()``, all in float64."""
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     out, lse = attention(q, k, v, seen, **options)

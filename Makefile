@@ -1,0 +1,62 @@
+# Two commands, on a fresh clone and ever after:
+#
+#     make train    trains a small byte-level transformer with ring attention on $(PROCESSES) processes
+#     make test     runs the suite
+#
+# Both make .venv on first use, and again whenever pyproject.toml or constraints.txt changes. torch is installed alone
+# and first, at the version in constraints.txt, so that no other package can pull in another build of it.
+#
+#     make train PROCESSES=4 ARGS="--steps 500"        make test ARGS="-k zigzag -x"        make test PYTHON=python3.12
+
+PYTHON    ?= python3
+PROCESSES ?= 2
+ARGS      ?=
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+EXTRAS  := train,test,dev
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-slow lint clean
+
+help:
+	@echo "make train       train on $(PROCESSES) processes (PROCESSES=, ARGS=)"
+	@echo "make test        run the test suite (ARGS= goes to pytest)"
+	@echo "make test-slow   run the slow tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make install     only make $(VENV)"
+	@echo "make clean       remove caches and build products; keeps $(VENV) and runs/"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer, please: make PYTHON=...")'
+	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing torch (the large one: minutes on a slow line)"
+	@$(INSTALL) torch
+	@echo "Installing ringflash, editable, with [$(EXTRAS)]"
+	@$(INSTALL) hatchling
+	@$(INSTALL) --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+# Threads of one training process: the machine's cores shared out, at least 1, at most 8 (the model is small).
+train: export OMP_NUM_THREADS ?= $(shell threads=$$(( $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) )); \
+	echo $$(( threads < 1 ? 1 : threads > 8 ? 8 : threads )))
+train: $(STAMP)
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/train.py --check --out runs/first $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,41 @@
+"""Attention on one device, in Triton. This package will hold the kernels; today it answers one question: can they run?
+
+A kernel here knows tensors, blocks of them and row intervals: which keys, `[begin, end)`, each query may see. It knows
+nothing of masks, layouts or other ranks, and it never imports ringflash, which imports it. What is distributed stays
+upstairs; what is here can be tested, timed and tuned on one device by itself.
+
+Nothing is imported until somebody asks. Triton has no macOS wheel, and looking for CUDA costs seconds on some machines,
+so `import ringflash_kernels` needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__all__ = ["available", "why_not"]
+
+
+def available() -> bool:
+    """True if Triton kernels can run here: Triton imports, and PyTorch sees a CUDA device.
+
+    >>> available() == (why_not() == "")
+    True
+    """
+    return not why_not()
+
+
+def why_not() -> str:
+    """The first thing that keeps Triton kernels from running here, as a sentence; empty if nothing does."""
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "Triton is not installed (pip install triton; it exists for Linux only)"
+        return f"Triton is installed, but it needs {error.name}, which is not"
+    except Exception as error:  # a broken installation raises whatever its shared libraries raise
+        return f"Triton is installed but does not import: {type(error).__name__}: {error}"
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+        return f"PyTorch {torch.__version__}, built for {built}, sees no CUDA device"
+    return ""

@@ -1,0 +1,175 @@
+"""The one operator behind every attention, as ``torch.library`` sees it: an opaque step with registered autograd.
+
+What the operator has to do is found through a *handle*, a 0-dim int64 tensor that indexes a table of recipes: plans may
+change every batch, and a tensor's value, unlike a string or a number, does not recompile a captured graph.
+
+Forward: partials over the shards that come by are added up in the accumulation dtype (float32; float64 for float64).
+Backward: with the lse and delta of the whole row, p = exp(s - lse) is the final softmax, and gradients simply add.
+
+    delta = rowsum(dout * out) - dlse        (the second term makes lse differentiable)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ringflash.backend import select
+from ringflash.circulate import Freight, circulate
+from ringflash.errors import RingflashError
+from ringflash.intervals import intervals_of
+from ringflash.partial import absorb, accumulation_dtype, nothing, sink
+from ringflash.plan import Plan
+from ringflash.reference import Scoring
+from ringflash.wire import Wire
+
+
+class Recipe(Hashable, Protocol):
+    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
+        """The plan and the wire for so many local queries and keys."""
+
+
+class Recipes:
+    """A bounded table: recipe to handle and back. A recipe must outlive the backward of the forward that used it."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock, self._made = most, threading.Lock(), 0
+        self._handles: OrderedDict[Recipe, Tensor] = OrderedDict()
+        self._recipes: dict[int, Recipe] = {}
+
+    def handle(self, recipe: Recipe) -> Tensor:
+        with self._lock:
+            found = self._handles.get(recipe)
+            if found is None:
+                found = self._handles[recipe] = torch.tensor(self._made)
+                self._recipes[self._made] = recipe
+                self._made += 1
+                if len(self._handles) > self._most:
+                    _, oldest = self._handles.popitem(last=False)
+                    del self._recipes[int(oldest)]
+            self._handles.move_to_end(recipe)
+            return found
+
+    def __getitem__(self, handle: Tensor) -> Recipe:
+        try:
+            return self._recipes[int(handle)]
+        except KeyError:
+            raise RingflashError(
+                f"more than {self._most} other shardings were used between a forward and its backward; run backward sooner"
+            ) from None
+
+
+recipes = Recipes(most=4096)
+
+
+@torch.library.custom_op("ringflash::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    handle: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    plan, wire = recipes[handle].bind(q.shape[1], k.shape[1])
+    scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
+    engine = select(backend, q, v, scoring)
+    batch, tokens, heads, _ = q.shape
+    total = nothing(batch, tokens, heads, v.shape[3], accumulation_dtype(q.dtype), q.device)
+    if sinks is not None:
+        absorb(total, sink(sinks.to(total.lse.dtype)))
+
+    def visit(shard: int, tensors: tuple[Tensor, ...]) -> None:
+        engine.attend(q, *tensors, intervals_of(plan, shard, q.device), scoring, total)
+
+    circulate(plan, wire, (k, v), visit)
+    return total.out.to(q.dtype), total.lse
+
+
+@torch.library.custom_op("ringflash::attend_backward", mutates_args=())
+def attend_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    handle: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan, wire = recipes[handle].bind(q.shape[1], k.shape[1])
+    scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
+    engine = select(backend, q, v, scoring)
+    dtype = lse.dtype
+    delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1).transpose(1, 2) - dlse
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+
+    def visit(shard: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        intervals = intervals_of(plan, shard, q.device)
+        return engine.attend_backward(dout, q, *tensors, lse, delta, intervals, scoring, dq)
+
+    dk, dv = circulate(plan, wire, (k, v), visit, home=Freight.like((k, v), dtype)) or ()
+    dsinks = q.new_zeros(0)
+    if sinks is not None:  # the sink's value is 0, so its ds is -p delta
+        share = torch.exp(sinks.to(dtype)[:, None] - torch.where(lse == -torch.inf, 0.0, lse))
+        dsinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
+    # what leaves an operator must not be a view of a buffer: a parcel holds both gradients
+    return dq.to(q.dtype), _own(dk, k.dtype), _own(dv, v.dtype), dsinks
+
+
+def _own(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
+
+
+@attend.register_fake
+def _(q, k, v, handle, sinks, alibi_slopes, seed, scale, softcap, dropout_p, backend):  # type: ignore[no-untyped-def]
+    batch, tokens, heads, _ = q.shape
+    lse = q.new_empty(batch, heads, tokens, dtype=accumulation_dtype(q.dtype))
+    return q.new_empty(batch, tokens, heads, v.shape[3]), lse
+
+
+@attend_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, handle, sinks, *options):  # type: ignore[no-untyped-def]
+    return (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, handle, sinks, alibi_slopes, seed, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, handle, sinks, alibi_slopes, seed)
+
+
+def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+    *saved, sinks, alibi_slopes, seed = ctx.saved_tensors
+    dq, dk, dv, dsinks = attend_backward(dout, dlse, *saved, sinks, alibi_slopes, seed, *ctx.options)
+    return dq, dk, dv, None, None if sinks is None else dsinks, *(None,) * 6
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "ringflash: attention can be differentiated once; the gradient of its gradient is not implemented "
+        "(create_graph=True, gradient penalties and Hessians need backend-free attention)"
+    )
+
+
+attend.register_autograd(_differentiate, setup_context=_save)
+attend_backward.register_autograd(_refuse_second_derivative)
