@@ -10,6 +10,7 @@ any order. ``docs/design.md`` tells the rest.
 """
 
 from ringflash.attention import flash_attention, ring_attention
+from ringflash.draw import draw
 from ringflash.errors import DeadlockError, PlanError, RingflashError, WireError
 from ringflash.layout import Layout
 from ringflash.local import local_world
@@ -37,6 +38,7 @@ __all__ = [
     "causal",
     "chunks",
     "documents",
+    "draw",
     "flash_attention",
     "full",
     "local_world",

@@ -37,7 +37,8 @@ class LocalWorld:
         """Call ``fn(group, *args)`` once per rank and return the results in the order of the ranks.
 
         ``group`` goes wherever a ProcessGroup goes. Threads inherit grad mode and autocast; backward runs in the thread
-        that called it. The first exception of any rank ends the world and is raised here.
+        that called it. The first exception of any rank ends the world and is raised here. Whatever ``fn`` uses from
+        outside is shared by all ranks: a model belongs inside it, one for each.
 
         >>> local_world(ranks=3).run(lambda group, x: group.rank * x, 10)
         [0, 10, 20]

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import ringflash as rf
 from ringflash.backend import BACKENDS, select
 from ringflash.reference import Scoring
+from ringflash.wire import libraries
 
 __all__ = ["EXACT", "Proof", "device_kinds", "prove", "report", "serving"]
 
@@ -86,8 +86,8 @@ def devices() -> Iterator[Row]:
 def transports() -> Iterator[Row]:
     """How ranks in different processes can exchange tensors. (Ranks in one process need nothing.)"""
     absent = "no: not in this build of torch"
-    yield "gloo", "yes, for CPU tensors" if dist.is_available() and dist.is_gloo_available() else absent
-    if dist.is_available() and dist.is_nccl_available():
+    yield "gloo", "yes, for CPU tensors" if "gloo" in libraries() else absent
+    if "nccl" in libraries():
         use = "yes, for CUDA tensors" if torch.cuda.device_count() else "no: there is no CUDA device"
         yield "nccl", f"{use} (NCCL {'.'.join(map(str, torch.cuda.nccl.version()))})"
     else:

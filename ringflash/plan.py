@@ -76,7 +76,7 @@ class Plan:
     def __str__(self) -> str:
         legs = self.legs
         head = f"rank {self.rank} of {self.ranks}: {len(self.q_positions)} queries, {self.mask}, {self.route}"
-        lines = [head, f"{'step':>4}  {'computes with':<28}{'sends onward':<18}{'sends home':<18}"]
+        lines = [head, f"{'step':>4}  {'computes with':<28}{'sends onward':<18}sends home"]
         for step in range(self.steps):
             visit = next((v for v in legs.visits if v.step == step), None)
             work = "-" if visit is None else f"shard {visit.shard} ({self.cells(visit.shard)} cells)"

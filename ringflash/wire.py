@@ -117,6 +117,14 @@ def connect(group: Group) -> Wire:
     return wire
 
 
+def libraries() -> list[str]:
+    """The communication libraries that this build of torch has, of those that a ring can use."""
+    if not dist.is_available():
+        return []
+    present = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    return [name for name, here in present.items() if here]
+
+
 _wires: weakref.WeakKeyDictionary[dist.ProcessGroup, DistributedWire] = weakref.WeakKeyDictionary()
 
 

@@ -1,0 +1,67 @@
+"""Run by test_gloo.py under torchrun: a ring over real processes must give the bits of the in-process world.
+
+Every rank plays both, and prints one line; the ring also runs on a strided subgroup and on two rings in turn.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import ringflash as rf
+
+LENGTH = 37
+MASKS = (rf.full, rf.causal, rf.window(5, 3), rf.causal & rf.documents([[0, 5, 17, LENGTH], [0, 30, 30, LENGTH]]))
+
+
+def everything(group: object, dtype: torch.dtype) -> list[Tensor]:
+    """Out, lse and gradients of this rank, for every mask and layout, and with keys of another length."""
+    make = torch.Generator().manual_seed(0)
+    found: list[Tensor] = []
+    problems = [(mask, layout, LENGTH, 0) for mask in MASKS for layout in ("contiguous", "zigzag", "striped")]
+    problems += [(rf.causal, "zigzag", 23, -14), (rf.full, "striped", 2, 0)]
+    for mask, layout, keys, q_offset in problems:
+        shapes = [(2, LENGTH, 4, 8), (2, keys, 2, 8), (2, keys, 2, 8), (2, LENGTH, 4, 8)]
+        whole = [torch.randn(shape, generator=make).to(dtype) for shape in shapes]
+        s = rf.Sharding(LENGTH, group, mask, layout, keys=keys, q_offset=q_offset)
+        sides = (s, s.key_sharding, s.key_sharding, s)
+        q, k, v, dout = (side.shard(x, 1) for side, x in zip(sides, whole, strict=True))
+        for x in (q, k, v):
+            x.requires_grad_()
+        out, lse = rf.ring_attention(q, k, v, s, return_lse=True)
+        seen = lse[lse != -math.inf]
+        ((out * dout).sum() + seen.sum()).backward()
+        found += [x for x in (out.detach(), lse.detach(), q.grad, k.grad, v.grad) if x is not None]
+        found.append(s.unshard(out.detach(), 1))
+    return found
+
+
+def same_bits(real: list[Tensor], local: list[Tensor]) -> bool:
+    return len(real) == len(local) and all(torch.equal(a, b) for a, b in zip(real, local, strict=True))
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        local = rf.local_world(ranks).run(everything, dtype)[rank]
+        assert same_bits(everything(None, dtype), local), f"rank {rank} of {ranks}, {dtype}"
+    if ranks == 4:  # data x context: every rank is in a ring of two neighbours, and in one of every other rank
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+        local_pair = rf.local_world(2).run(everything, torch.float32)
+        for axis in ("context", "data", "context"):
+            real = everything(mesh[axis], torch.float32)
+            assert same_bits(real, local_pair[mesh[axis].get_local_rank()]), f"rank {rank}, axis {axis}"
+    print(f"rank {rank} of {ranks}: same bits", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()

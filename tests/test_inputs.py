@@ -1,0 +1,204 @@
+"""Bad input: right, or one clear sentence before anything is sent, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ringflash as rf
+
+X = torch.randn(2, 8, 4, 8)
+
+
+def qkv(**changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple({"q": X, "k": X, "v": X, **changes}.values())  # type: ignore[return-value]
+
+
+CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "three dims": (lambda: rf.flash_attention(*qkv(q=X[0])), ValueError, r"query has shape \(8, 4, 8\); \[batch, seq"),
+    "no tensor": (lambda: rf.flash_attention(None, X, X), TypeError, "query is a NoneType"),
+    "dtypes": (lambda: rf.flash_attention(*qkv(k=X.double())), TypeError, "are torch.float32, torch.float64"),
+    "integers": (lambda: rf.flash_attention(*(X.long(),) * 3), TypeError, "one dtype is needed, of float64"),
+    "devices": (lambda: rf.flash_attention(*qkv(v=X.to("meta"))), ValueError, "on cpu, cpu, meta; one device"),
+    "batches": (lambda: rf.flash_attention(*qkv(k=X[:1], v=X[:1])), ValueError, "batch 2, 1, 1"),
+    "lengths": (lambda: rf.flash_attention(*qkv(v=X[:, :5])), ValueError, "key has 8 positions and 4 heads, value 5"),
+    "heads": (
+        lambda: rf.flash_attention(*qkv(k=X[:, :, :3], v=X[:, :, :3])),
+        ValueError,
+        "key has 3 heads and query 4",
+    ),
+    "head dims": (lambda: rf.flash_attention(*qkv(k=X[..., :4])), ValueError, "query has head_dim 8, key 4"),
+    "empty heads": (lambda: rf.flash_attention(*(X[:, :, :0],) * 3), ValueError, "must not be 0"),
+    "no offset": (
+        lambda: rf.flash_attention(*qkv(q=X[:, :3])),
+        ValueError,
+        "q_offset=5 aligns the ends, q_offset=0 the beginnings",
+    ),
+    "backend": (
+        lambda: rf.flash_attention(X, X, X, backend="fast"),
+        ValueError,
+        "accepted are 'auto', 'aten', 'reference'",
+    ),
+    "triton": (lambda: rf.flash_attention(X, X, X, backend="triton"), ValueError, "backend='triton' has no kernels"),
+    "softcap": (lambda: rf.flash_attention(X, X, X, softcap=2.0, backend="aten"), ValueError, "'aten' has no softcap"),
+    "dropout": (
+        lambda: rf.flash_attention(X, X, X, dropout_p=0.1, seed=1, backend="aten"),
+        ValueError,
+        "'aten' has no dropout_p",
+    ),
+    "alibi": (
+        lambda: rf.flash_attention(X, X, X, alibi_slopes=torch.ones(4), backend="aten"),
+        ValueError,
+        "'aten' has no alibi_slopes",
+    ),
+    "value dim": (
+        lambda: rf.flash_attention(*qkv(v=X[..., :4]), backend="aten"),
+        ValueError,
+        "needs one head_dim, and query has 8, value 4",
+    ),
+    "no seed": (lambda: rf.flash_attention(X, X, X, dropout_p=0.1), ValueError, "dropout_p is 0.1 without seed"),
+    "certain dropout": (
+        lambda: rf.flash_attention(X, X, X, dropout_p=1.0, seed=1),
+        ValueError,
+        "a probability below 1",
+    ),
+    "seed dtype": (
+        lambda: rf.flash_attention(X, X, X, dropout_p=0.1, seed=torch.tensor(1.5)),
+        ValueError,
+        "0-dim, int64 and on the CPU",
+    ),
+    "scale": (lambda: rf.flash_attention(X, X, X, scale=float("nan")), ValueError, "scale is nan"),
+    "negative softcap": (lambda: rf.flash_attention(X, X, X, softcap=-1.0), ValueError, "softcap is -1.0"),
+    "sinks": (lambda: rf.flash_attention(X, X, X, sinks=torch.ones(3)), ValueError, r"sinks has shape \(3,\).*\(4,\)"),
+    "slopes": (
+        lambda: rf.flash_attention(X, X, X, alibi_slopes=torch.ones(3, 4)),
+        ValueError,
+        r"alibi_slopes has shape \(3, 4\).*\(4,\) or \(2, 4\)",
+    ),
+    "slopes' gradient": (
+        lambda: rf.flash_attention(X, X, X, alibi_slopes=torch.ones(4, requires_grad=True)),
+        ValueError,
+        "alibi_slopes requires a gradient",
+    ),
+    "mask": (lambda: rf.flash_attention(X, X, X, mask="causal"), TypeError, "mask is 'causal'; a mask is a value"),
+    "rows": (
+        lambda: rf.flash_attention(X, X, X, mask=rf.documents([[0, 8], [0, 3, 8], [0, 4, 8]])),
+        ValueError,
+        "documents for 3 batch rows, query has 2",
+    ),
+    "documents' length": (
+        lambda: rf.flash_attention(X, X, X, mask=rf.documents([0, 9])),
+        ValueError,
+        "cover 9 positions, key has 8",
+    ),
+    "no sharding": (lambda: rf.ring_attention(X, X, X, None), TypeError, "the fourth argument is a NoneType"),
+    "not a shard": (
+        lambda: rf.ring_attention(X, X, X, rf.Sharding(8, (0, 2))),
+        ValueError,
+        "query has 8 positions; rank 0 of 2 holds 4 of 8 in the zigzag layout: use s.shard",
+    ),
+    "not a key shard": (
+        lambda: rf.ring_attention(X[:, :4], X, X, rf.Sharding(8, (1, 2), keys=6, q_offset=0)),
+        ValueError,
+        "key has 8 positions; rank 1 of 2 holds 3 of 6",
+    ),
+    "pair cannot talk": (
+        lambda: rf.ring_attention(*(X[:, :4],) * 3, rf.Sharding(8, (0, 2))),
+        rf.WireError,
+        r"the pair \(0, 2\), which can plan but not communicate",
+    ),
+    "unknown option": (lambda: rf.flash_attention(X, X, X, window_size=3), TypeError, "window_size"),
+    "layout": (
+        lambda: rf.Sharding(8, (0, 2), layout="zig"),
+        ValueError,
+        "layout is 'zig'; accepted are 'auto', 'contig",
+    ),
+    "route": (lambda: rf.Sharding(8, (0, 2), route="tree"), ValueError, "route is 'tree'; accepted are 'auto', 'ring'"),
+    "rank": (lambda: rf.Sharding(8, (2, 2)), ValueError, r"group is \(2, 2\); a pair means"),
+    "group": (lambda: rf.Sharding(8, "world"), TypeError, "group is of type str; accepted are"),
+    "length": (lambda: rf.Sharding(-1, (0, 2)), ValueError, "length is -1"),
+    "length type": (lambda: rf.Sharding(8.5, (0, 2)), TypeError, "length is 8.5"),
+    "mask type": (lambda: rf.Sharding(8, (0, 2), mask=None), TypeError, "mask is None; a mask is a value"),
+    "sharding without offset": (lambda: rf.Sharding(8, (0, 2), keys=6), ValueError, "q_offset=-2 aligns the ends"),
+    "sharding's documents": (
+        lambda: rf.Sharding(8, (0, 2), rf.documents([0, 6])),
+        ValueError,
+        "documents of the mask cover 6 positions, the keys 8",
+    ),
+    "foreign layout": (
+        lambda: rf.Sharding(8, (0, 2), layout=rf.Layout(((range(0, 3),), (range(3, 7),)))),
+        ValueError,
+        "layout has 7 positions on 2 ranks; needed are 8 on 2",
+    ),
+    "overlapping layout": (
+        lambda: rf.Sharding(8, (0, 2), layout=rf.Layout(((range(0, 5),), (range(4, 8),)))),
+        ValueError,
+        "every position from 0 to the length must be on exactly one rank",
+    ),
+    "wrong length": (
+        lambda: rf.Sharding(8, (0, 2)).shard(torch.ones(2, 9), dim=1),
+        ValueError,
+        r"dim 1 of a tensor of shape \(2, 9\) has 9 positions; this sharding has 8",
+    ),
+    "keys in the wrong place": (
+        lambda: rf.Sharding(8, (0, 2), keys=6, q_offset=0).shard(torch.ones(2, 6), dim=1),
+        ValueError,
+        "keys go through key_sharding.shard",
+    ),
+    "unshard": (lambda: rf.Sharding(8, (0, 2)).unshard(torch.ones(2, 8), dim=1), ValueError, "this rank holds 4 of 8"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_input_is_refused_in_one_clear_sentence(name: str) -> None:
+    """The message says which argument, what came and what is accepted."""
+    call, kind, sentence = CALLS[name]
+    with pytest.raises(kind, match=sentence):
+        call()
+
+
+def test_nothing_is_sent_before_an_error() -> None:
+    """A call that is wrong on every rank leaves no message behind: the next, right one is not confused by it."""
+
+    def one_rank(group: Any) -> bool:
+        s = rf.Sharding(8, group)
+        x = s.shard(X, 1)
+        with pytest.raises(ValueError, match="head_dim 8, key 4"):
+            rf.ring_attention(x, x[..., :4], x, s)
+        with pytest.raises(ValueError, match="cover 7 positions"):
+            rf.ring_attention(x, x, x, s, mask=rf.documents([0, 7]))
+        return torch.equal(s.unshard(rf.ring_attention(x, x, x, s), 1), expected)
+
+    expected = rf.local_world(3).run(lambda g: _whole(g))[0]
+    assert all(rf.local_world(3).run(one_rank))
+
+
+def _whole(group: Any) -> Tensor:
+    s = rf.Sharding(8, group)
+    x = s.shard(X, 1)
+    return s.unshard(rf.ring_attention(x, x, x, s), 1)
+
+
+def test_a_launcher_without_a_process_group_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun, forgetting init_process_group would make every rank attend to its own shard alone."""
+    assert rf.Sharding(8).ranks == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 2: call torch.distributed.init_process_group"):
+        rf.Sharding(8)
+
+
+def test_too_many_live_shardings_are_named() -> None:
+    """A recipe that was pushed out of the bounded table between forward and backward is an error, not a wrong plan."""
+    from ringflash.operator import Recipes
+
+    few = Recipes(most=2)
+    first = few.handle(rf.Sharding(3, (0, 1)))
+    assert few.handle(rf.Sharding(3, (0, 1))) is first and few[first] == rf.Sharding(3, (0, 1))
+    few.handle(rf.Sharding(4, (0, 1)))
+    few.handle(rf.Sharding(5, (0, 1)))
+    with pytest.raises(rf.RingflashError, match="more than 2 other shardings"):
+        few[first]
