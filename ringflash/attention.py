@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from ringflash.backend import select
 from ringflash.layout import contiguous
 from ringflash.mask import Mask, causal, full
-from ringflash.operator import Recipe, attend, recipes
+from ringflash.operator import attend
 from ringflash.plan import Plan, derive
+from ringflash.recipe import recipes
 from ringflash.reference import Scoring
 from ringflash.route import ring
 from ringflash.shard import Sharding
@@ -108,7 +110,7 @@ def flash_attention(
     if not isinstance(mask, Mask):
         raise TypeError(f"flash_attention: mask is {mask!r}; a mask is a value such as rf.causal & rf.window(4095, 0)")
     options = _Given("flash_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend)
-    _check_tensors("flash_attention", q, k, v, mask)
+    _check_tensors("flash_attention", q, k, v, mask.rows)
     if q.shape[1] != k.shape[1] and q_offset is None and mask != full:
         raise ValueError(
             f"flash_attention: {q.shape[1]} queries and {k.shape[1]} keys under {mask}; say where the first query stands: "
@@ -116,7 +118,7 @@ def flash_attention(
         )
     if mask.length is not None and mask.length != k.shape[1]:
         raise ValueError(f"flash_attention: the documents of mask cover {mask.length} positions, key has {k.shape[1]}")
-    return _run(q, k, v, _OneDevice(mask, q_offset or 0), options, return_lse)
+    return _run(q, k, v, _one_device(mask, q_offset or 0).handle, options, return_lse)
 
 
 @overload
@@ -183,24 +185,29 @@ def ring_attention(
         )
     s = s if mask is None else s.with_mask(mask)
     options = _Given("ring_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend)
-    _check_tensors("ring_attention", q, k, v, s.mask)
-    for name, tensor, side in (("query", q, s), ("key", k, s.key_sharding)):
-        if tensor.shape[1] != side.local_length:
+    _check_tensors("ring_attention", q, k, v, s.rows)
+    for name, tensor, held, whole in (("query", q, s.local_length, s.length), ("key", k, s.local_keys, s.keys)):
+        if tensor.shape[1] != held:
             raise ValueError(
                 f"ring_attention: {name} has {tensor.shape[1]} positions; rank {s.rank} of {s.ranks} holds "
-                f"{side.local_length} of {side.length} in the {side.layout} layout: use s.shard(x, dim=1)"
+                f"{held} of {whole} in the {s.layout} layout: use s.shard(x, dim=1)"
             )
-    return _run(q, k, v, s, options, return_lse)
+    return _run(q, k, v, s.handle, options, return_lse)
 
 
-@dataclass(frozen=True)
 class _OneDevice:
-    mask: Mask
-    q_offset: int
+    """A mask on one device, for any number of queries and keys."""
+
+    def __init__(self, mask: Mask, q_offset: int) -> None:
+        self.mask, self.q_offset = mask, q_offset
+        self.handle = recipes.add(self)
 
     def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
         one = derive(0, contiguous(queries, 1), contiguous(keys, 1), self.mask, ring, self.q_offset)
         return one, Unconnected(0, 1)
+
+
+_one_device = lru_cache(maxsize=256)(_OneDevice)
 
 
 @dataclass(frozen=True)
@@ -248,7 +255,7 @@ class _Given:
             )
 
 
-def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor, rows: int) -> None:
     named = {"query": q, "key": k, "value": v}
     for name, x in named.items():
         if not isinstance(x, Tensor):
@@ -278,12 +285,12 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> 
         raise ValueError(
             f"{caller}: key has {k.shape[2]} heads and query {q.shape[2]}; query heads must be a multiple of key heads"
         )
-    if mask.rows not in (1, q.shape[0]):
-        raise ValueError(f"{caller}: mask has documents for {mask.rows} batch rows, query has {q.shape[0]}")
+    if rows not in (1, q.shape[0]):
+        raise ValueError(f"{caller}: mask has documents for {rows} batch rows, query has {q.shape[0]}")
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: _Given, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor, options: _Given, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     options.check(q)
     scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
@@ -301,7 +308,7 @@ def _run(
         q,
         k,
         v,
-        recipes.handle(recipe),
+        handle,
         options.sinks,
         options.alibi_slopes,
         seed,

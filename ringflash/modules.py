@@ -9,6 +9,8 @@ Rotary positions: Su et al. 2021 (arXiv 2104.09864); grouped queries: Ainslie et
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -51,12 +53,19 @@ class RingAttention(nn.Module):
             )
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"RingAttention: head_dim is {head_dim}; rotary positions turn pairs, so it must be even")
-        self.head_dim, self.rope_theta, self.mask = head_dim, rope_theta, full if mask is None else mask
+        self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.mask = full if mask is None else mask
+        self.alone = causal & self.mask
         self.query = nn.Linear(dim, heads * head_dim, bias=False)
         self.key = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.value = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
         self.sharding = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "sharding" and value is not None:  # narrowed here, so that a captured forward has nothing to derive
+            value = value.with_mask(value.mask & self.mask)
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """``position_ids``: global positions ``[b or 1, s]`` for the rotation; default those of the sharding."""
@@ -68,9 +77,9 @@ class RingAttention(nn.Module):
                 position_ids = here.to(x.device)[None]
             q, k = (rotate(y, position_ids, self.rope_theta) for y in (q, k))
         if self.sharding is None:
-            out = flash_attention(q, k, v, mask=causal & self.mask)
+            out = flash_attention(q, k, v, mask=self.alone)
         else:
-            out = ring_attention(q, k, v, self.sharding, mask=self.sharding.mask & self.mask)
+            out = ring_attention(q, k, v, self.sharding)
         result: Tensor = self.out(rearrange(out, "b s h d -> b s (h d)"))
         return result
 

@@ -1,7 +1,6 @@
 """The one operator behind every attention, as ``torch.library`` sees it: an opaque step with registered autograd.
 
-What the operator has to do is found through a *handle*, a 0-dim int64 tensor that indexes a table of recipes: plans may
-change every batch, and a tensor's value, unlike a string or a number, does not recompile a captured graph.
+What it has to do is found through a *handle* (``recipe.py``).
 
 Forward: partials over the shards that come by are added up in the accumulation dtype (float32; float64 for float64).
 Backward: with the lse and delta of the whole row, p = exp(s - lse) is the final softmax, and gradients simply add.
@@ -11,60 +10,17 @@ Backward: with the lse and delta of the whole row, p = exp(s - lse) is the final
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ringflash.backend import select
 from ringflash.circulate import Freight, circulate
-from ringflash.errors import RingflashError
 from ringflash.intervals import intervals_of
 from ringflash.partial import absorb, accumulation_dtype, nothing, sink
-from ringflash.plan import Plan
+from ringflash.recipe import recipes
 from ringflash.reference import Scoring
-from ringflash.wire import Wire
-
-
-class Recipe(Hashable, Protocol):
-    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
-        """The plan and the wire for so many local queries and keys."""
-
-
-class Recipes:
-    """A bounded table: recipe to handle and back. A recipe must outlive the backward of the forward that used it."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._lock, self._made = most, threading.Lock(), 0
-        self._handles: OrderedDict[Recipe, Tensor] = OrderedDict()
-        self._recipes: dict[int, Recipe] = {}
-
-    def handle(self, recipe: Recipe) -> Tensor:
-        with self._lock:
-            found = self._handles.get(recipe)
-            if found is None:
-                found = self._handles[recipe] = torch.tensor(self._made)
-                self._recipes[self._made] = recipe
-                self._made += 1
-                if len(self._handles) > self._most:
-                    _, oldest = self._handles.popitem(last=False)
-                    del self._recipes[int(oldest)]
-            self._handles.move_to_end(recipe)
-            return found
-
-    def __getitem__(self, handle: Tensor) -> Recipe:
-        try:
-            return self._recipes[int(handle)]
-        except KeyError:
-            raise RingflashError(
-                f"more than {self._most} other shardings were used between a forward and its backward; run backward sooner"
-            ) from None
-
-
-recipes = Recipes(most=4096)
 
 
 @torch.library.custom_op("ringflash::attend", mutates_args=())
@@ -167,7 +123,7 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError(
         "ringflash: attention can be differentiated once; the gradient of its gradient is not implemented "
-        "(create_graph=True, gradient penalties and Hessians need backend-free attention)"
+        "(create_graph=True, gradient penalties, Hessians): use dense attention there"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ringflash import layout as layouts
 from ringflash.layout import LAYOUTS, Layout
 from ringflash.mask import Mask, causal, full
 from ringflash.plan import Plan, derive
+from ringflash.recipe import recipes
 from ringflash.route import ROUTES, Route
 from ringflash.wire import Group, Wire, address, connect, resolve
 
@@ -48,6 +49,15 @@ class Sharding:
     route: str | Route = "auto"
     keys: int | None = field(default=None, kw_only=True)
     q_offset: int | None = field(default=None, kw_only=True)
+
+    local_length: int = field(init=False, compare=False, repr=False)
+    """Number of positions that this rank holds."""
+    local_keys: int = field(init=False, compare=False, repr=False)
+    """Number of keys that this rank holds."""
+    rows: int = field(init=False, compare=False, repr=False)
+    """Number of batch rows that the mask tells apart; 1 if all rows share it."""
+    handle: Tensor = field(init=False, compare=False, repr=False)
+    """What operators know this sharding by."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
@@ -85,6 +95,16 @@ class Sharding:
         settled = dict(length=length, group=group, layout=chosen, route=route, keys=keys, q_offset=offset)
         for name, value in settled.items():
             object.__setattr__(self, name, value)
+        queries, held = self._layouts
+        # plain numbers and a tensor: what a captured graph reads of a sharding
+        known = dict(
+            local_length=queries.tokens(self.rank),
+            local_keys=held.tokens(self.rank),
+            rows=self.mask.rows,
+            handle=recipes.add(self),
+        )
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
 
     @property
     def rank(self) -> int:
@@ -102,11 +122,6 @@ class Sharding:
     def plan(self) -> Plan:
         """What this rank does."""
         return self._plan_of(self.rank)
-
-    @property
-    def local_length(self) -> int:
-        """Number of positions that this rank holds."""
-        return self.plan.queries.tokens(self.rank)
 
     @property
     def positions(self) -> Tensor:
@@ -167,12 +182,16 @@ class Sharding:
     def _layouts(self) -> tuple[Layout, Layout]:
         if isinstance(self.layout, Layout):
             return self.layout, self.layout
-        make = LAYOUTS[self.layout]
-        return make(self.length, self.ranks), make(self.keys, self.ranks)  # type: ignore[arg-type]
+        return _laid_out(self.layout, self.length, self.ranks), _laid_out(self.layout, self.keys, self.ranks)
 
     @cached_property
     def _relatives(self) -> dict[Mask, Sharding]:
         return {}
+
+
+@lru_cache(maxsize=128)
+def _laid_out(name: str, length: int, ranks: int) -> Layout:
+    return LAYOUTS[name](length, ranks)
 
 
 def plan(s: Sharding) -> Plan:

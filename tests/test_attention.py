@@ -291,12 +291,38 @@ def test_strided_views_and_expanded_gradients() -> None:
 
 def test_the_operator_passes_the_checks_of_torch_library() -> None:
     """Schema, fake kernel, autograd registration and ahead-of-time dispatch agree with what the operator does."""
-    from ringflash.attention import _OneDevice
-    from ringflash.operator import recipes
 
     q, k, v = (torch.randn(2, 9, h, 4, requires_grad=True) for h in (4, 2, 2))
-    handle = recipes.handle(_OneDevice(rf.causal, 0))
+    handle = rf.Sharding(9, (0, 1)).handle
     torch.library.opcheck(
         torch.ops.ringflash.attend.default,
         (q, k, v, handle, torch.zeros(4), None, torch.tensor(0), 0.5, 0.0, 0.0, "aten"),
     )
+
+
+def test_a_captured_graph_serves_every_batch_of_documents() -> None:
+    """torch.compile(fullgraph=True) captures the ring as one operator, and twenty different packings compile once."""
+    from torch._dynamo.utils import counters
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sharding: rf.Sharding | None = None
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return rf.ring_attention(q * 2.0, k, v, self.sharding) + 1.0
+
+    torch._dynamo.reset()
+    counters.clear()
+    layer = Layer()
+    captured = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    p = problem()
+    for cut in range(1, 21):
+        layer.sharding = rf.Sharding(LENGTH, (0, 1), rf.causal & rf.documents([0, cut, LENGTH]))
+        results = []
+        for run in (captured, layer):
+            leaves = [p[x].clone().requires_grad_() for x in "qkv"]
+            out = run(*leaves)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, p["dout"])])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert counters["stats"]["unique_graphs"] == 1

@@ -109,7 +109,7 @@ def small(draw: st.DrawFn) -> tuple[Masked, tuple[int, int], int, int]:
 )
 @settings(max_examples=80)
 def test_random_masks_sizes_and_heads(backend, case, heads, dim, d_v):
-    """Grouped and single key heads, odd and differing head dims, documents of each batch row, queries before the keys."""
+    """Grouped and single key heads, odd and differing head dims, documents of each row, queries before the keys."""
     masked, (queries, keys), offset, batch = case
     tensors = inputs(queries, keys, batch, heads, (dim, dim if backend == "aten" else d_v))
     expected = oracle.answer(*tensors[:3], masked.table(queries, keys, offset), *tensors[3:])

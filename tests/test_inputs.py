@@ -193,12 +193,17 @@ def test_a_launcher_without_a_process_group_is_noticed(monkeypatch: pytest.Monke
 
 def test_too_many_live_shardings_are_named() -> None:
     """A recipe that was pushed out of the bounded table between forward and backward is an error, not a wrong plan."""
-    from ringflash.operator import Recipes
+    from ringflash.recipe import Recipes
 
     few = Recipes(most=2)
-    first = few.handle(rf.Sharding(3, (0, 1)))
-    assert few.handle(rf.Sharding(3, (0, 1))) is first and few[first] == rf.Sharding(3, (0, 1))
-    few.handle(rf.Sharding(4, (0, 1)))
-    few.handle(rf.Sharding(5, (0, 1)))
+    kept = rf.Sharding(3, (0, 1))
+    handles = [few.add(s) for s in (kept, *(rf.Sharding(n, (0, 1)) for n in (4, 5)))]
+    assert few[handles[0]] is kept
+    for length in (6, 7, 8):
+        s = rf.Sharding(length, (0, 1))
+        handles.append(few.add(s))
+        assert few[handles[-1]] is s
+    assert few[handles[0]] is kept  # somebody still holds it
+    assert few[handles[-1]].length == 8  # nobody does, but it was just used
     with pytest.raises(rf.RingflashError, match="more than 2 other shardings"):
-        few[first]
+        few[handles[3]]

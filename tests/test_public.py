@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
     0: {"errors", "mask", "layout", "route", "plan", "draw"},
-    1: {"partial", "intervals", "reference", "aten", "backend", "wire", "local", "shard"},
+    1: {"partial", "intervals", "reference", "aten", "backend", "wire", "local", "recipe", "shard"},
     2: {"circulate"},
     3: {"operator", "attention", "modules", "sequence_parallel"},
     4: {"machine", "__main__"},

@@ -1,0 +1,63 @@
+"""What an operator has to do, found through a number.
+
+An operator of ``torch.library`` takes tensors and plain numbers, not shardings. So a sharding carries a *handle*, a 0-dim
+int64 tensor on the CPU, and the operator looks it up here when it runs. A tensor and not a number: captured graphs
+recompile when a number changes, and packed documents change with every batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections import OrderedDict
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ringflash.errors import RingflashError
+from ringflash.plan import Plan
+from ringflash.wire import Wire
+
+
+class Recipe(Protocol):
+    """Anything that knows its plan and wire: a sharding, or a mask on one device."""
+
+    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
+        """The plan and the wire for so many local queries and keys."""
+
+
+class Recipes:
+    """Handle to recipe. A recipe is found as long as anybody holds it, and longer while it is among the last used.
+
+    The second part is for backward: by then the loop may have let go of the sharding that its forward used.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock, self._numbers = most, threading.Lock(), itertools.count()
+        self._alive: weakref.WeakValueDictionary[int, Recipe] = weakref.WeakValueDictionary()
+        self._used: OrderedDict[int, Recipe] = OrderedDict()
+
+    def add(self, recipe: Recipe) -> Tensor:
+        """A new handle for ``recipe``."""
+        number = next(self._numbers)
+        self._alive[number] = recipe
+        return torch.tensor(number)
+
+    def __getitem__(self, handle: Tensor) -> Recipe:
+        number = int(handle)
+        recipe = self._alive.get(number)
+        if recipe is None:
+            raise RingflashError(
+                f"more than {self._most} other shardings were used between a forward and its backward; run backward sooner"
+            )
+        with self._lock:
+            self._used[number] = recipe
+            self._used.move_to_end(number)
+            if len(self._used) > self._most:
+                self._used.popitem(last=False)
+        return recipe
+
+
+recipes = Recipes(most=1024)
