@@ -293,10 +293,10 @@ def test_the_operator_passes_the_checks_of_torch_library() -> None:
     """Schema, fake kernel, autograd registration and ahead-of-time dispatch agree with what the operator does."""
 
     q, k, v = (torch.randn(2, 9, h, 4, requires_grad=True) for h in (4, 2, 2))
-    handle = rf.Sharding(9, (0, 1)).handle
+    s = rf.Sharding(9, (0, 1))
     torch.library.opcheck(
         torch.ops.ringflash.attend.default,
-        (q, k, v, handle, torch.zeros(4), None, torch.tensor(0), 0.5, 0.0, 0.0, "aten"),
+        (q, k, v, s.handle, torch.zeros(4), None, torch.tensor(0), 0.5, 0.0, 0.0, "aten"),
     )
 
 
