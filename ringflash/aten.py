@@ -55,16 +55,17 @@ def attend_backward(
     """As :func:`ringflash.reference.attend_backward`.
 
     The operator takes no delta: it forms rowsum(dout * out) itself. So it is given, in place of out, the multiple of
-    dout that has the wanted sum. Where dout is zero no multiple has; such rows (their gradient comes from lse alone)
-    hand the call to the reference.
+    dout that has the wanted sum. Where dout is zero, or too small, no multiple has; such rows (their gradient comes from
+    lse alone) hand the call to the reference.
     """
     q, k, v, dout = (_ready(x, dq.dtype) for x in (q, k, v, dout))
     direction = dout / dout.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(dq.dtype).tiny)
     length = (dout * direction).sum(dim=-1)
     wanted = delta.transpose(1, 2)
-    if bool(((length == 0) & (wanted != 0)).any()):
+    multiple = torch.where(wanted == 0, 0.0, wanted / length)
+    if not bool(multiple.isfinite().all()):
         return reference.attend_backward(dout, q, k, v, lse, delta, intervals, scoring, dq)
-    out = direction * (wanted / torch.where(length == 0, 1.0, length))[..., None]
+    out = direction * multiple[..., None]
     lse = torch.where(lse == -torch.inf, 0.0, lse)
     dk, dv = torch.zeros(k.shape, dtype=dq.dtype), torch.zeros(v.shape, dtype=dq.dtype)
     for rows, tile in _tiles_of_batch(q, intervals):
