@@ -1,0 +1,154 @@
+"""Proof, on this machine and in seconds, that a sharded step is a step of one process.
+
+The same small model sees the same samples twice: whole, on this device alone, and spread over all ranks exactly as
+the training will be (data x context grid, layout, engine). Compared are the loss, the logits and the *raw* gradient of
+every parameter. Raw, because clipping and Adam hide a gradient that is wrong by a factor; of every parameter, because a
+mean hides a wrong one.
+
+The samples are unkind: an odd length, so that shards are uneven; a row with three targets only, so that ranks have very
+different numbers of them, and some none.
+
+A check that cannot fail proves nothing. So a control computes what shards would give if each attended to itself alone,
+and prints how far off that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import ringflash as rf
+from byte_transformer import VOCABULARY, ByteTransformer, ModelConfig
+from ranks import Ranks, spread, whole
+from ringflash.mask import Mask
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+CONFIG = ModelConfig(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, hidden=48)
+IGNORED = -100
+Gradients = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Relative errors of one comparison, each the worst over ranks; ``parameter`` has the worst gradient."""
+
+    dtype: torch.dtype
+    loss: float
+    logits: float
+    gradients: float
+    parameter: str
+    control: float | None
+
+    @property
+    def exact(self) -> bool:
+        """True if every error is within the tolerance of the dtype (a NaN is not)."""
+        return all(error <= TOLERANCES[self.dtype] for error in (self.loss, self.logits, self.gradients))
+
+
+def attention_mask(attention: str, length: int, context: int) -> Mask:
+    """Causal; for the control ``local``, within each of ``context`` equal contiguous shards only."""
+    return rf.causal if attention == "ring" else rf.causal & rf.chunks(length // context)
+
+
+def prove(ranks: Ranks, engine: str, attention: str, layout: str) -> tuple[bool, str]:
+    """Compare in float64 and in float32, print one line per quantity; return the verdict and the closing line."""
+    results = [compare(ranks, engine, attention, layout, dtype) for dtype in TOLERANCES]
+    for result in results:
+        kind = f"check {_name(result.dtype)}"
+        ranks.say(f"{kind}  loss           relative error {result.loss:.1e}")
+        ranks.say(f"{kind}  logits         relative error {result.logits:.1e}")
+        ranks.say(f"{kind}  raw gradients  relative error {result.gradients:.1e} (worst: {result.parameter})")
+        if result.control is not None:
+            ranks.say(f"{kind}  control: without the ring gradients would be {result.control:.1e} off")
+    exact = all(result.exact for result in results)
+    figures = "; ".join(
+        f"{_name(result.dtype)} loss {result.loss:.1e}, raw gradients {result.gradients:.1e}, "
+        f"allowed {TOLERANCES[result.dtype]:.0e}"
+        for result in results
+    )
+    place = f"{ranks.size} rank(s) (data {ranks.data} x context {ranks.context}, {engine}) against one process"
+    return exact, f"exactness: {'equal' if exact else 'NOT EQUAL'}, {place}, worst relative errors: {figures}"
+
+
+def compare(ranks: Ranks, engine: str, attention: str, layout: str, dtype: torch.dtype) -> Exactness:
+    """One step of one process against the same step over all ranks (every rank must call it)."""
+    length = min(160, 4096 // ranks.context) * ranks.context + (5 if attention == "ring" else 0)
+    mask = attention_mask(attention, length, ranks.context)
+    inputs, targets = _samples(2 * ranks.data, length, ranks.device)
+    reference = _model(mask, ranks.device, dtype)
+    logits, loss = _alone(reference, inputs, targets)
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+
+    model = _model(None, ranks.device, dtype)
+    callable_model, wrapper = spread(model, ranks, engine, mask, layout)
+    mine = ranks.rows(0, len(inputs))
+    out = callable_model(input_ids=inputs[mine.start : mine.stop], shift_labels=targets[mine.start : mine.stop])
+    out.loss.backward()
+    gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}  # type: ignore[arg-type]
+    worst, parameter = _worst(gradients, expected)
+    assert wrapper.sharding is not None  # the forward has set it
+    unsharded = wrapper.sharding.unshard(out.logits.detach(), dim=1)
+    return Exactness(
+        dtype,
+        ranks.largest(_distance(out.loss, loss)),
+        ranks.largest(_distance(unsharded, logits[mine.start : mine.stop])),
+        ranks.largest(worst),
+        parameter,
+        _control(ranks, attention, inputs, targets, dtype, expected),
+    )
+
+
+def _control(
+    ranks: Ranks, attention: str, inputs: Tensor, targets: Tensor, dtype: torch.dtype, expected: Gradients
+) -> float | None:
+    if attention == "local" or ranks.context == 1:
+        return None
+    shard = -(-inputs.shape[1] // ranks.context)
+    lonely = _model(rf.causal & rf.chunks(shard), ranks.device, dtype)
+    _alone(lonely, inputs, targets)
+    gradients = {name: parameter.grad for name, parameter in lonely.named_parameters() if parameter.grad is not None}
+    return _worst(gradients, expected)[0]
+
+
+def _model(mask: Mask | None, device: torch.device, dtype: torch.dtype) -> ByteTransformer:
+    """The same weights at every call; drawn without touching the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return ByteTransformer(CONFIG, mask).to(device, dtype)
+
+
+def _samples(rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(2)
+    stream = torch.randint(VOCABULARY, (rows, length + 1), generator=random)
+    targets = stream[:, 1:].clone()
+    targets[torch.rand(targets.shape, generator=random) < 0.2] = IGNORED
+    targets[0, 3:] = IGNORED
+    return stream[:, :-1].to(device), targets.to(device)
+
+
+def _alone(model: ByteTransformer, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and loss of one device, and gradients in the parameters; nothing but PyTorch beside the model."""
+    logits = model(inputs)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    loss.backward()
+    return logits.detach(), loss.detach()
+
+
+def _worst(gradients: Gradients, expected: Gradients) -> tuple[float, str]:
+    """The largest relative error of a parameter's gradient, and the name of the parameter."""
+    errors = {name: _distance(gradients[name], expected[name]) for name in expected}
+    name = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return errors[name], name
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

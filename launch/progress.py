@@ -1,0 +1,140 @@
+"""What a run tells the person who waits for it: a bar or plain lines, and files that plot themselves later.
+
+    on a terminal     one bar that moves, with the figures of the last step
+    elsewhere         one line per N steps: a log file stays a log file
+    always            metrics.jsonl and metrics.csv in the folder of the run, one record per step and per validation
+
+Only rank 0 makes a ``Progress``: nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (
+    "step",
+    "split",
+    "loss",
+    "bits_per_byte",
+    "accuracy",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+    "peak_bytes",
+)
+Record = Mapping[str, Any]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run, in order; none if it has not begun. A last line that was cut short is left out."""
+    file = folder / "metrics.jsonl"
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Progress:
+    """Write the records of a run and show them as they come.
+
+    ``first_step`` is the number of steps already done: records of later steps, left by a run that was killed after
+    its last checkpoint, are dropped from the files, so that no step is in them twice.
+    """
+
+    def __init__(self, folder: Path, first_step: int, steps: int, log_every: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_metrics(folder) if record["step"] <= first_step]
+        self._jsonl = (folder / "metrics.jsonl").open("w")
+        self._csv_file = (folder / "metrics.csv").open("w", newline="")
+        self._csv = csv.DictWriter(self._csv_file, COLUMNS)
+        self._csv.writeheader()
+        self._board = _tensorboard(folder) if tensorboard else None
+        self._steps, self._log_every = steps, log_every
+        self._speeds: list[float] = []
+        self._bar = _bar(first_step, steps)
+        for record in kept:
+            self._store(record)
+
+    def trained(self, record: Record) -> None:
+        """One optimizer step is done."""
+        self._store(record)
+        self._speeds.append(record["tokens_per_second"])
+        if self._bar is not None:
+            self._bar.set_postfix_str(_figures(record, record["tokens_per_second"]), refresh=False)
+            self._bar.update()
+        elif record["step"] % self._log_every == 0 or record["step"] in (1, self._steps):
+            speed = len(self._speeds) / sum(1 / speed for speed in self._speeds)
+            self._speeds.clear()
+            print(f"step {record['step']:>5}/{self._steps}  {_figures(record, speed)}", flush=True)
+
+    def validated(self, record: Record) -> None:
+        """The model was measured on validation samples."""
+        self._store(record)
+        self.say(f"step {record['step']:>5}/{self._steps}  validation {describe(record)}")
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+        self._jsonl.close()
+        self._csv_file.close()
+
+    def _store(self, record: Record) -> None:
+        self._jsonl.write(json.dumps(record) + "\n")
+        self._jsonl.flush()
+        self._csv.writerow(dict(record))
+        self._csv_file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name not in ("step", "split"):
+                    self._board.add_scalar(f"{record['split']}/{name}", value, record["step"])
+
+
+def describe(record: Record) -> str:
+    """The loss of a record in words, with what its task is judged by."""
+    if "accuracy" in record:
+        return f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.3f}"
+    if "bits_per_byte" in record:
+        return f"loss {record['loss']:.4f} ({record['bits_per_byte']:.3f} bits per byte)"
+    return f"loss {record['loss']:.4f}"
+
+
+def _figures(record: Record, tokens_per_second: float) -> str:
+    return (
+        f"{describe(record)}  {tokens_per_second:,.0f} tokens/s  "
+        f"gradient norm {record['gradient_norm']:.3f}  {record['peak_bytes'] / 2**30:.2f} GiB peak"
+    )
+
+
+def _bar(first_step: int, steps: int) -> Any:
+    """A tqdm bar on a terminal, else None."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(initial=first_step, total=steps, unit="step", dynamic_ncols=True)
+
+
+def _tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,189 @@
+"""The trainer on real processes: however it is spread, interrupted and resumed, it draws one and the same curve."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import exactness
+import ranks
+from byte_transformer import ByteTransformer, ModelConfig
+from options import UsageError, parse
+from train import learning_rate
+
+Train = Callable[..., str]
+Curve = Callable[[Path], dict[str, list[float]]]
+TOLERANCE = 2e-5  # relative, float32, eight AdamW steps
+
+
+@pytest.fixture
+def alone() -> Iterator[ranks.Ranks]:
+    """This very process as a grid of one rank."""
+    yield ranks.start(1, None, "cpu")
+    dist.destroy_process_group()
+
+
+def test_two_processes_check_train_and_report(stopped_run: tuple[Path, str]) -> None:
+    """The last three lines are the validation loss, the curve's file and exactness figures that are really small."""
+    folder, output = stopped_run
+    validation, curve, exact = output.splitlines()[-3:]
+    assert re.fullmatch(r"final validation loss \d\.\d+ \(\d\.\d+ bits per byte\)", validation)
+    assert curve == f"loss curve: {folder / 'loss.png'}"
+    assert exact.startswith("exactness: equal, 2 rank(s) (data 1 x context 2, ddp)")
+    errors = [float(text) for text in re.findall(r"(?:loss|gradients) (\d\.\d+e[-+]\d+)", exact)]
+    assert len(errors) == 4 and max(errors[:2]) < 1e-12 and max(errors[2:]) < 1e-5
+    names = ("loss.png", "metrics.csv", "metrics.jsonl", "config.json", "checkpoints/step-00000004/state.json")
+    assert all((folder / name).stat().st_size for name in names)
+    control = re.search(r"without the ring gradients would be (\S+) off", output)
+    assert control and float(control[1]) > 0.01
+
+
+def test_two_processes_draw_the_curve_of_one(
+    one_process_run: Path, stopped_run: tuple[Path, str], curve: Curve
+) -> None:
+    """Losses, raw gradient norms and validation losses are those of one process, and they fall."""
+    one, two = curve(one_process_run), curve(stopped_run[0])
+    assert two["loss"] == pytest.approx(one["loss"][:4], rel=TOLERANCE)
+    assert two["gradient_norm"] == pytest.approx(one["gradient_norm"][:4], rel=10 * TOLERANCE)
+    assert two["validation"][0] == pytest.approx(one["validation"][0], rel=TOLERANCE)
+    assert one["loss"][0] == pytest.approx(5.545, abs=0.1)  # log 256: the guess of a model that knows nothing
+    assert one["loss"][-1] < one["loss"][0] - 0.05
+
+
+def test_a_run_resumes_on_another_number_of_ranks(
+    train: Train,
+    small: list[str],
+    text_folder: Path,
+    one_process_run: Path,
+    stopped_run: tuple[Path, str],
+    curve: Curve,
+    tmp_path: Path,
+) -> None:
+    """Begun on two ranks under DDP, resumed on three under FSDP2, ended on one: the curve has no seam."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped_run[0], out)
+    arguments = (*small, "--text", text_folder, "--steps", 8, "--out", out, "--resume")
+    assert "4 steps, 16 samples done" in train(3, *arguments, "--engine", "fsdp", "--stop-at", 6)
+    assert "6 steps, 24 samples done" in train(1, *arguments)
+    resumed, uninterrupted = curve(out), curve(one_process_run)
+    assert resumed["loss"] == pytest.approx(uninterrupted["loss"], rel=TOLERANCE)
+    assert resumed["gradient_norm"] == pytest.approx(uninterrupted["gradient_norm"], rel=10 * TOLERANCE)
+    assert resumed["validation"][-1] == pytest.approx(uninterrupted["validation"][-1], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_data_and_context_ranks_together_equal_one_process(
+    train: Train,
+    small: list[str],
+    text_folder: Path,
+    one_process_run: Path,
+    curve: Curve,
+    tmp_path: Path,
+    engine: str,
+) -> None:
+    """A grid of 2 x 2 ranks takes the steps of one process on the whole batch, whoever shares the weights."""
+    arguments = ("--text", text_folder, "--steps", 8, "--stop-at", 4, "--data", 2, "--context", 2, "--engine", engine)
+    output = train(4, *small, *arguments, "--check", "--out", tmp_path / "run")
+    assert f"exactness: equal, 4 rank(s) (data 2 x context 2, {engine})" in output
+    grid, one = curve(tmp_path / "run"), curve(one_process_run)
+    assert grid["loss"] == pytest.approx(one["loss"][:4], rel=TOLERANCE)
+    assert grid["gradient_norm"] == pytest.approx(one["gradient_norm"][:4], rel=10 * TOLERANCE)
+    assert grid["validation"][0] == pytest.approx(one["validation"][0], rel=TOLERANCE)
+
+
+def test_a_mistake_is_one_sentence(train: Train, small: list[str], stopped_run: tuple[Path, str]) -> None:
+    """Resuming with another model ends with status 2 and a sentence, and leaves the run as it was."""
+    before = (stopped_run[0] / "metrics.jsonl").read_text()
+    other = [*small, "--dim", "64", "--task", "passkey", "--steps", "8"]
+    output = train(1, *other, "--out", stopped_run[0], "--resume", status=2)
+    assert "Traceback" not in output
+    assert re.search(r"train\.py: error: --resume: .*model dim: 32 there, 64 here; .*task: 'text' there", output)
+    assert (stopped_run[0] / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(("data", "context"), [(2, None), (1, 4), (3, 2), (0, None)])
+def test_a_grid_that_does_not_fill_the_world_is_refused(
+    monkeypatch: pytest.MonkeyPatch, data: int, context: int | None
+) -> None:
+    """A grid of another size than the number of processes is refused before any of them waits for another."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match=r"the product must be 3"):
+        ranks.start(data, context, "cpu")
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "gradients by the number of ranks", "one gradient lost", "loss"])
+def test_the_check_notices_what_it_is_for(alone: ranks.Ranks, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """A check that cannot fail proves nothing: planted errors of the usual kinds are found, and only those."""
+    spread = exactness.spread
+
+    def sabotaged(model: torch.nn.Module, *arguments: Any) -> Any:
+        wrapped, wrapper = spread(model, *arguments)
+        for name, parameter in model.named_parameters():
+            if wrong == "gradients by the number of ranks":
+                parameter.register_hook(lambda gradient: gradient / 2)
+            if wrong == "one gradient lost" and name == "blocks.1.attention_norm.weight":
+                parameter.register_hook(torch.zeros_like)
+        if wrong == "loss":
+            wrapper.register_forward_hook(lambda module, inputs, out: out._replace(loss=out.loss * 1.001))
+        return wrapped, wrapper
+
+    monkeypatch.setattr(exactness, "spread", sabotaged)
+    exact, line = exactness.prove(alone, "ddp", "ring", "auto")
+    assert exact == (wrong == "nothing")
+    assert line.startswith("exactness: equal" if exact else "exactness: NOT EQUAL")
+
+
+def test_starting_anew_keeps_the_run_that_was_there(
+    train: Train, small: list[str], tmp_path: Path, curve: Curve
+) -> None:
+    """The same command twice makes two runs, of which none is lost; the passkey task says its chance level."""
+    earlier = tmp_path / "run"
+    earlier.mkdir()
+    (earlier / "metrics.jsonl").write_text("the earlier run\n")
+    output = train(1, *small, "--task", "passkey", "--attention", "local", "--steps", 2, "--out", earlier)
+    assert re.search(r"final validation loss \S+, accuracy \S+; chance level of accuracy: 0.031", output)
+    assert f"is now in {tmp_path / 'run.1'}" in output
+    assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == "the earlier run\n"
+    assert len(curve(tmp_path / "run")["loss"]) == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 2
+
+
+def test_the_learning_rate_is_a_function_of_the_step() -> None:
+    """Up in a straight line, down to nothing, the same wherever a run is stopped; a short run has a short warm-up."""
+    options = parse(["--steps", "100", "--warmup", "10", "--learning-rate", "1"])
+    rates = [learning_rate(step, options) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0 and rates[-1] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    stopped = parse(["--steps", "100", "--stop-at", "20", "--warmup", "10", "--learning-rate", "1"])
+    assert [learning_rate(step, stopped) for step in range(20)] == rates[:20]
+    assert learning_rate(0, parse(["--steps", "5", "--warmup", "100", "--learning-rate", "1"])) == 1.0
+
+
+def test_a_model_that_cannot_be_built_is_refused() -> None:
+    """Head counts that do not fit are refused with both numbers."""
+    with pytest.raises(ValueError, match="head_dim 33 must be even"):
+        ModelConfig(head_dim=33)
+    with pytest.raises(ValueError, match="heads 4 must be a multiple of kv_heads 3"):
+        ModelConfig(kv_heads=3)
+
+
+def test_a_byte_is_predicted_from_what_came_before() -> None:
+    """Changing one byte changes the logits at it and after it, and none before."""
+    torch.manual_seed(0)
+    model = ByteTransformer(ModelConfig(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, hidden=48))
+    inputs = torch.randint(256, (2, 20))
+    changed = inputs.clone()
+    changed[:, 11] ^= 1
+    with torch.no_grad():
+        differs = (model(inputs) != model(changed)).any(-1)
+    assert not differs[:, :11].any()
+    assert differs[:, 11:].all()
