@@ -13,7 +13,7 @@ batches per step, onward then home, in the same order on every rank: no batch ca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -79,63 +79,54 @@ def circulate(
     ``cargo`` are this rank's own tensors that travel, ``[batch, tokens, ...]`` each. With ``home``, what visits return is
     added up per shard on its way, and the sum over all ranks for this rank's own shard is returned.
     """
-    legs, rank = plan.legs, plan.rank
-    freight = Freight.like(cargo)
-    held: dict[int, Parcel] = {}
+    rank, freight = plan.rank, Freight.like(cargo)
     if plan.ranks > 1:
         wire.warm_up(freight.device)
-    if any(move.shard == rank for move in legs.onward_out):
-        held[rank] = freight.pack(cargo)
+    held = {rank: freight.pack(cargo)} if any(m.shard == rank for m in plan.legs.onward_out) else {}
     own = home.blank(cargo[0].shape[1]) if home else None
     for tensor in own.tensors if own else ():
         tensor.zero_()
     coming: dict[int, tuple[Pending, Parcel]] = {}  # totals on their way to this rank
-    leaving: deque[tuple[Pending, Parcel | None]] = deque()
-    for step in range(plan.steps):
-        arriving = {move.shard: freight.blank(plan.keys.tokens(move.shard)) for move in _at(legs.onward_in, step)}
-        onward = wire.exchange(
-            [(move.peer, held[move.shard].buffer) for move in _at(legs.onward_out, step)],
-            [(move.peer, arriving[move.shard].buffer) for move in _at(legs.onward_in, step)],
-        )
+    leaving: deque[Pending] = deque()
+    for step in plan.steps:
+        arriving = {move.shard: freight.blank(plan.keys.tokens(move.shard)) for move in step.onward_in}
+        onward = _post(wire, step.onward_out, held, step.onward_in, arriving)
         totals: dict[int, Parcel] = {}
-        for shard in (v.shard for v in legs.visits if v.step == step):
+        for shard in step.visits:
             share = visit(shard, tuple(cargo) if shard == rank else held[shard].tensors)
             if home and share is not None:
                 totals[shard] = _add_up(own if shard == rank else _awaited(coming, shard), share, home)
         if home:
-            leaving.append(_post_home(plan, wire, step, totals, home, coming))
-            while len(leaving) > 2:
-                leaving.popleft()[0].wait()
+            rooms = {move.shard: home.blank(plan.keys.tokens(move.shard)) for move in step.home_in}
+            homeward = _post(wire, step.home_out, totals, step.home_in, rooms)
+            coming |= {shard: (homeward, room) for shard, room in rooms.items()}
+            leaving.append(homeward)
+            if len(leaving) > 2:
+                leaving.popleft().wait()
         onward.wait()
-        held = {shard: parcel for shard, parcel in (held | arriving).items() if _needed(plan, shard, step)}
-    for pending, _ in leaving:
+        held |= arriving
+        for shard in step.done_with:
+            held.pop(shard, None)
+    for pending in leaving:
         pending.wait()
     if own is None:
         return None
-    if rank in coming:
-        arrived = _awaited(coming, rank)
-        assert arrived is not None
-        return tuple(mine.add_(theirs) for mine, theirs in zip(own.tensors, arrived.tensors, strict=True))
-    return own.tensors
+    arrived = _awaited(coming, rank)
+    return own.tensors if arrived is None else _add_up(own, arrived.tensors, home).tensors
 
 
-def _post_home(
-    plan: Plan,
+def _post(
     wire: Wire,
-    step: int,
-    totals: dict[int, Parcel],
-    home: Freight,
-    coming: dict[int, tuple[Pending, Parcel]],
-) -> tuple[Pending, Parcel | None]:
-    """Hand on the total that was added to in this step, and make room for those that set out to this rank now."""
-    out, back = _at(plan.legs.home_out, step), _at(plan.legs.home_in, step)
-    rooms = {move.shard: home.blank(plan.keys.tokens(move.shard)) for move in back}
-    batch = wire.exchange(
-        [(move.peer, totals[move.shard].buffer) for move in out],
+    out: Sequence[Transfer],
+    parcels: Mapping[int, Parcel],
+    back: Sequence[Transfer],
+    rooms: Mapping[int, Parcel],
+) -> Pending:
+    """One batch: what leaves from ``parcels``, and what comes into ``rooms``, both by shard."""
+    return wire.exchange(
+        [(move.peer, parcels[move.shard].buffer) for move in out],
         [(move.peer, rooms[move.shard].buffer) for move in back],
     )
-    coming |= {shard: (batch, room) for shard, room in rooms.items()}
-    return batch, next(iter(totals.values()), None)
 
 
 def _awaited(coming: dict[int, tuple[Pending, Parcel]], shard: int) -> Parcel | None:
@@ -147,18 +138,11 @@ def _awaited(coming: dict[int, tuple[Pending, Parcel]], shard: int) -> Parcel | 
     return parcel
 
 
-def _add_up(total: Parcel | None, share: tuple[Tensor, ...], home: Freight) -> Parcel:
+def _add_up(total: Parcel | None, share: Sequence[Tensor], home: Freight | None) -> Parcel:
+    """The total with a share added to it in place; the first share becomes the total."""
     if total is None:
+        assert home is not None
         return home.pack(share)
     for tensor, mine in zip(total.tensors, share, strict=True):
         tensor.add_(mine)
     return total
-
-
-def _at(moves: tuple[Transfer, ...], step: int) -> list[Transfer]:
-    return [move for move in moves if move.step == step]
-
-
-def _needed(plan: Plan, shard: int, after: int) -> bool:
-    """Does this rank use ``shard`` in any step behind ``after``?"""
-    return any(use.shard == shard and use.step > after for use in plan.legs.uses)

@@ -34,7 +34,7 @@ def draw(plans: Sequence[Plan], path: str | PathLike[str]) -> None:
             f"draw: got plans of ranks {[p.rank for p in plans]}; one plan for every rank, as of rf.plans(s)"
         )
     first = plans[0]
-    steps = max(p.steps for p in plans)
+    steps = max(1, *(len(p.steps) for p in plans))
     figure = Figure(
         figsize=(6.2 + max(3.2, 0.7 * steps + 1.2), max(4.6, 0.36 * first.ranks + 1.6)), layout="constrained"
     )

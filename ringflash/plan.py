@@ -11,10 +11,11 @@ numbers per query row are all that a kernel ever learns of masks and layouts.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,22 @@ from ringflash.errors import PlanError
 from ringflash.layout import Layout
 from ringflash.mask import Mask
 from ringflash.route import Legs, Route, Transfer
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in one step: at most one batch onward, one visit, one batch home."""
+
+    onward_out: tuple[Transfer, ...]
+    onward_in: tuple[Transfer, ...]
+    visits: tuple[int, ...]
+    """The shard that this rank computes with, if any."""
+    home_out: tuple[Transfer, ...]
+    home_in: tuple[Transfer, ...]
+    done_with: tuple[int, ...]
+    """Shards that this rank has used for the last time when the step is over."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +63,21 @@ class Plan:
     def legs(self) -> Legs:
         return self.route.legs(self.rank, needs(self.queries, self.keys, self.mask, self.q_offset))
 
-    @property
-    def steps(self) -> int:
-        """Number of steps in which this rank computes or moves anything."""
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The legs of this rank in the order of their steps: what the loop carries out."""
         legs = self.legs
-        moves = legs.visits + legs.onward_out + legs.onward_in + legs.home_out + legs.home_in
-        return 1 + max((move.step for move in moves), default=0)
+        last_use = {use.shard: use.step for use in sorted(legs.uses, key=lambda use: use.step)}
+        phases: dict[str, dict[int, list[Any]]] = {
+            "onward_out": _by_step((m.step, m) for m in legs.onward_out),
+            "onward_in": _by_step((m.step, m) for m in legs.onward_in),
+            "visits": _by_step((v.step, v.shard) for v in legs.visits),
+            "home_out": _by_step((m.step, m) for m in legs.home_out),
+            "home_in": _by_step((m.step, m) for m in legs.home_in),
+            "done_with": _by_step((step, shard) for shard, step in last_use.items()),
+        }
+        count = 1 + max((step for phase in phases.values() for step in phase), default=-1)
+        return tuple(Step(**{name: tuple(phase[step]) for name, phase in phases.items()}) for step in range(count))
 
     @cached_property
     def q_positions(self) -> np.ndarray:
@@ -74,14 +100,11 @@ class Plan:
         return int((end.astype(np.int64) - begin).sum())
 
     def __str__(self) -> str:
-        legs = self.legs
         head = f"rank {self.rank} of {self.ranks}: {len(self.q_positions)} queries, {self.mask}, {self.route}"
         lines = [head, f"{'step':>4}  {'computes with':<28}{'sends onward':<18}sends home"]
-        for step in range(self.steps):
-            visit = next((v for v in legs.visits if v.step == step), None)
-            work = "-" if visit is None else f"shard {visit.shard} ({self.cells(visit.shard)} cells)"
-            onward, home = (_spell(moves, step) for moves in (legs.onward_out, legs.home_out))
-            lines.append(f"{step:>4}  {work:<28}{onward:<18}{home:<18}".rstrip())
+        for number, step in enumerate(self.steps):
+            work = ", ".join(f"shard {shard} ({self.cells(shard)} cells)" for shard in step.visits) or "-"
+            lines.append(f"{number:>4}  {work:<28}{_spell(step.onward_out):<18}{_spell(step.home_out)}")
         return "\n".join(lines)
 
 
@@ -208,7 +231,7 @@ def _check_holdings(plans: Sequence[Plan]) -> None:
     for plan in plans:
         held_from = {plan.rank: 0} | {m.shard: m.step + 1 for m in plan.legs.onward_in}
         for use in plan.legs.uses:
-            if held_from.get(use.shard, plan.steps) > use.step:
+            if held_from.get(use.shard, use.step + 1) > use.step:
                 raise PlanError(
                     f"verify: rank {plan.rank} uses shard {use.shard} at step {use.step} without holding it"
                 )
@@ -230,5 +253,12 @@ def _check_homecoming(plans: Sequence[Plan]) -> None:
             raise PlanError(f"verify: the total of shard {shard} reaches rank {at} with the shares of ranks {carried}")
 
 
-def _spell(moves: tuple[Transfer, ...], step: int) -> str:
-    return ", ".join(f"{m.shard} to rank {m.peer}" for m in moves if m.step == step) or "-"
+def _spell(moves: tuple[Transfer, ...]) -> str:
+    return ", ".join(f"{m.shard} to rank {m.peer}" for m in moves) or "-"
+
+
+def _by_step(items: Iterable[tuple[int, _Item]]) -> dict[int, list[_Item]]:
+    steps: dict[int, list[_Item]] = defaultdict(list)
+    for step, item in items:
+        steps[step].append(item)
+    return steps

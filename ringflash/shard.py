@@ -75,23 +75,8 @@ class Sharding:
             raise ValueError(f"Sharding: the documents of the mask cover {self.mask.length} positions, the keys {keys}")
         group = resolve(self.group)
         ranks = address(group)[1]
-        chosen = self.layout
-        if isinstance(chosen, Layout):
-            chosen.check()
-            if (chosen.length, chosen.ranks) != (length, ranks) or keys != length:
-                raise ValueError(
-                    f"Sharding: layout has {chosen.length} positions on {chosen.ranks} ranks; needed are {length} "
-                    f"on {ranks}" + ("" if keys == length else f", and {keys} keys can only be laid out by name")
-                )
-        elif chosen == "auto":
-            chosen = layouts.choose(length, ranks, self.mask)
-        elif chosen not in LAYOUTS:
-            raise ValueError(f"Sharding: layout is {chosen!r}; accepted are 'auto', {', '.join(map(repr, LAYOUTS))}")
-        route = "ring" if self.route == "auto" else self.route
-        if isinstance(route, str):
-            if route not in ROUTES:
-                raise ValueError(f"Sharding: route is {route!r}; accepted are 'auto', {', '.join(map(repr, ROUTES))}")
-            route = ROUTES[route]
+        chosen = _settle_layout(self.layout, length, keys, ranks, self.mask)
+        route = _settle_route(self.route)
         settled = dict(length=length, group=group, layout=chosen, route=route, keys=keys, q_offset=offset)
         for name, value in settled.items():
             object.__setattr__(self, name, value)
@@ -187,6 +172,31 @@ class Sharding:
     @cached_property
     def _relatives(self) -> dict[Mask, Sharding]:
         return {}
+
+
+def _settle_layout(wanted: str | Layout, length: int, keys: int, ranks: int, mask: Mask) -> str | Layout:
+    """The name of a layout with "auto" decided, or a layout that fits."""
+    if isinstance(wanted, Layout):
+        wanted.check()
+        if (wanted.length, wanted.ranks) != (length, ranks) or keys != length:
+            raise ValueError(
+                f"Sharding: layout has {wanted.length} positions on {wanted.ranks} ranks; needed are {length} "
+                f"on {ranks}" + ("" if keys == length else f", and {keys} keys can only be laid out by name")
+            )
+        return wanted
+    if wanted == "auto":
+        return layouts.choose(length, ranks, mask)
+    if wanted not in LAYOUTS:
+        raise ValueError(f"Sharding: layout is {wanted!r}; accepted are 'auto', {', '.join(map(repr, LAYOUTS))}")
+    return wanted
+
+
+def _settle_route(wanted: str | Route) -> Route:
+    if not isinstance(wanted, str):
+        return wanted
+    if wanted != "auto" and wanted not in ROUTES:
+        raise ValueError(f"Sharding: route is {wanted!r}; accepted are 'auto', {', '.join(map(repr, ROUTES))}")
+    return ROUTES["ring" if wanted == "auto" else wanted]
 
 
 @lru_cache(maxsize=128)
