@@ -93,7 +93,7 @@ class SequenceParallel(nn.Module):
         self._group, self._mask, self._layout, self._gradients = resolve(group), mask, layout, gradients
         self._tokens_group = self._group if tokens_group is None else resolve(tokens_group)
         self._seq_dims = SEQUENCE_DIMS | dict(seq_dims or {})
-        self._names = inspect.signature(model.forward).parameters
+        self._signature = inspect.signature(model.forward)
         self._sum = None
         if gradients == "reduce":
             self._refuse_engines()
@@ -106,7 +106,7 @@ class SequenceParallel(nn.Module):
         if self._gradients == "reduce":
             self._refuse_engines()
         mask = kwargs.pop("mask") if isinstance(kwargs.get("mask"), Mask) else self._mask
-        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        inputs = {**self._signature.bind_partial(*args).arguments, **kwargs}
         length = self._length(inputs)
         mask = _with_padding(mask, inputs.pop("attention_mask", None))
         s = self.sharding = Sharding(length, self._group, mask, self._layout)
@@ -172,7 +172,8 @@ class SequenceParallel(nn.Module):
         return value
 
     def _accepts(self, name: str) -> bool:
-        return name in self._names or any(p.kind is p.VAR_KEYWORD for p in self._names.values())
+        names = self._signature.parameters
+        return name in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
 
     def _refuse_engines(self) -> None:
         wrapped = isinstance(self.module, DistributedDataParallel)
