@@ -26,7 +26,7 @@ from ringflash.plan import Plan
 
 _BLOCK = 256  # queries under one additive mask
 _SHORT = 32  # a run of rows below this is not worth a call of its own
-_BYTES_KEPT = 64 << 20  # packed documents differ every step, and their tables must not pile up
+_BYTES_KEPT = 128 << 20  # packed documents differ every step, and their tables must not pile up
 
 
 class Tile(NamedTuple):
@@ -71,7 +71,9 @@ class Intervals:
 
     @property
     def nbytes(self) -> int:
-        return self.begin.nbytes + self.end.nbytes + 1024  # about what an object costs beside its tensors
+        """All that this table may come to hold: positions are made when somebody asks for them."""
+        positions = 8 * (len(self._plan.q_positions) + self._plan.keys.tokens(self._shard))
+        return self.begin.nbytes + self.end.nbytes + positions + 1024  # an object costs something beside its tensors
 
 
 class _Cache:

@@ -201,31 +201,45 @@ def _canonical(
     documents: tuple[tuple[int, ...], ...],
 ) -> tuple[Any, ...]:
     """The one way to write these terms: what another term implies is dropped."""
+    length = documents[0][-1] if documents else 0
     if documents:  # chunks inside a known length are just more boundaries
-        cuts = {c for size in chunks for c in range(0, documents[0][-1], size)}
+        cuts = {c for size in chunks for c in range(0, length, size)}
         documents = tuple(tuple(sorted(cuts.union(row))) for row in documents)
-        documents = documents[:1] if len(set(documents)) == 1 else documents
         chunks = ()
     chunks = tuple(sorted(n for n in set(chunks) if not any(n % m == 0 for m in chunks if m < n)))
+    if 1 in chunks or (documents and _longest(documents) <= 1):
+        left = right = 0  # everybody sees itself alone
+    if right == 0:
+        prefix = 1  # the past alone
+    elif left == 0 and documents:
+        prefix = length if prefix is None else min(prefix, length)
     if prefix is not None:
         boundaries = [set(row) for row in documents]
         while prefix > 1 and (
             any((prefix - 1) % n == 0 for n in chunks) or (boundaries and all(prefix - 1 in b for b in boundaries))
         ):
             prefix -= 1  # the last key of the prefix opens a document: only queries behind it see it anyway
-        if prefix <= 1:  # the past alone
+        if left == 0:  # nobody looks back, and nobody ahead of the prefix: no boundary behind it matters
+            chunks = tuple(n for n in chunks if n < prefix)
+            documents = tuple((*(b for b in row if b < min(length, max(prefix, 1))), length) for row in documents)
+        if prefix <= 1:
             prefix, right = None, 0
-        elif documents and prefix >= documents[0][-1]:
-            prefix = None
+        elif documents and not any(b > prefix and b - a > 1 for row in documents for a, b in pairwise(row)):
+            prefix = None  # behind it are only documents of one position
         elif right is not None and prefix <= right + 1:
             right = None
-    if right == 0:
-        prefix = None
+    documents = documents[:1] if len(set(documents)) == 1 else documents
     if chunks or documents:
-        longest = chunks[0] if chunks else max(b - a for row in documents for a, b in pairwise(row))
+        longest = chunks[0] if chunks else _longest(documents)
+        ahead = _longest(documents, prefix) if documents and prefix is not None else longest
         left = None if left is not None and left >= longest - 1 else left
-        right = None if right is not None and right >= longest - 1 else right
+        right = None if right is not None and right >= ahead - 1 else right
     return left, right, prefix, chunks, documents
+
+
+def _longest(documents: tuple[tuple[int, ...], ...], before: int = FAR) -> int:
+    """The most positions of one document below ``before``."""
+    return max((min(b, before) - a for row in documents for a, b in pairwise(row)), default=0)
 
 
 def _join_documents(a: tuple[tuple[int, ...], ...], b: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:

@@ -89,7 +89,7 @@ def _weigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scaled(out: Tensor, weight: Tensor) -> Tensor:
     weight = _per_row(weight)
-    return torch.where(weight == 0, 0.0, out * weight)  # a block that nobody wrote may hold NaN
+    return torch.where(weight == 0, 0.0, out) * weight  # a block that nobody wrote may hold NaN
 
 
 def _per_row(x: Tensor) -> Tensor:
