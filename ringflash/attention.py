@@ -9,6 +9,7 @@ Liu et al. 2023 (arXiv 2310.01889); Dao et al. 2022 (arXiv 2205.14135).
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
@@ -118,7 +119,8 @@ def flash_attention(
         )
     if mask.length is not None and mask.length != k.shape[1]:
         raise ValueError(f"flash_attention: the documents of mask cover {mask.length} positions, key has {k.shape[1]}")
-    return _run(q, k, v, _one_device(mask, q_offset or 0).handle, options, return_lse)
+    offset = operator.index(0 if q_offset is None else q_offset)
+    return _run(q, k, v, _one_device(mask, offset).handle, options, return_lse)
 
 
 @overload

@@ -12,6 +12,7 @@ by every layer, forward and backward. Kernels that only know rectangles and tria
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
@@ -80,19 +81,20 @@ class _Cache:
     """The tables that were used last, up to a number of bytes."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._bytes = most, 0
+        self._most, self._bytes, self._lock = most, 0, threading.Lock()
         self._tables: OrderedDict[tuple[Plan, int, torch.device], Intervals] = OrderedDict()
 
     def get(self, plan: Plan, shard: int, device: torch.device) -> Intervals:
         key = (plan, shard, device)
-        found = self._tables.pop(key, None)
-        if found is None:
-            found = Intervals(plan, shard, device)
-            self._bytes += found.nbytes
-            while self._tables and self._bytes > self._most:
-                self._bytes -= self._tables.popitem(last=False)[1].nbytes
-        self._tables[key] = found  # the newest stands last
-        return found
+        with self._lock:
+            found = self._tables.pop(key, None)
+            if found is None:
+                found = Intervals(plan, shard, device)
+                self._bytes += found.nbytes
+                while self._tables and self._bytes > self._most:
+                    self._bytes -= self._tables.popitem(last=False)[1].nbytes
+            self._tables[key] = found  # the newest stands last
+            return found
 
 
 intervals_of = _Cache(_BYTES_KEPT).get

@@ -111,6 +111,8 @@ def _(dout, dlse, q, k, v, out, lse, handle, sinks, *options):  # type: ignore[n
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, handle, sinks, alibi_slopes, seed, *ctx.options = inputs
+    if type(handle) is Tensor:  # and not a stand-in while a graph is captured
+        ctx.recipe = recipes[handle]
     ctx.save_for_backward(q, k, v, *output, handle, sinks, alibi_slopes, seed)
 
 

@@ -79,10 +79,11 @@ class Plan:
         count = 1 + max((step for phase in phases.values() for step in phase), default=-1)
         return tuple(Step(**{name: tuple(phase[step]) for name, phase in phases.items()}) for step in range(count))
 
-    @cached_property
+    @property
     def q_positions(self) -> np.ndarray:
         """Global positions of this rank's queries, int64 ``[s_q]``, ascending."""
-        return self.queries.positions(self.rank) + self.q_offset
+        positions = self.queries.positions(self.rank)
+        return positions + self.q_offset if self.q_offset else positions
 
     def intervals(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Local key indices ``[begin, end)`` in ``shard`` that each query sees; two int32 ``[rows, s_q]``.
@@ -108,7 +109,7 @@ class Plan:
         return "\n".join(lines)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def derive(rank: int, queries: Layout, keys: Layout, mask: Mask, route: Route, q_offset: int = 0) -> Plan:
     """The plan of one rank. Equal arguments give the same object, with what it has worked out so far."""
     return Plan(rank, queries, keys, mask, route, q_offset)
@@ -119,32 +120,34 @@ def needs(queries: Layout, keys: Layout, mask: Mask, q_offset: int) -> np.ndarra
     """``[r, s]``: does any query of rank r see any key of shard s, in any batch row? bool ``[ranks, ranks]``.
 
     The rows of a solid run of queries together see one solid run of positions (a query sees itself and its neighbours
-    overlap), so its two ends decide. Rows of a striped run can step over keys: they are asked one by one.
+    overlap), so its two ends decide. Rows of a striped run can step over keys: the ends settle dense masks, and only
+    what they leave open is asked row by row.
     """
     owner = np.array([s for s, runs in enumerate(keys.runs) for _ in runs], dtype=np.int64)
-    spans = np.array([(k.start, k.stop, k.step) for runs in keys.runs for k in runs], dtype=np.int64).reshape(-1, 3)
-    start, stop, step = spans.T
+    spans = np.array([(k.start, k.step, len(k)) for runs in keys.runs for k in runs], dtype=np.int64).reshape(-1, 3)
     table = np.zeros((queries.ranks, keys.ranks), dtype=bool)
     for rank, runs in enumerate(queries.runs):
         for run in runs:
             for row in range(mask.rows):
                 lo, hi = mask.bounds(np.array([run[0], run[-1]]) + q_offset, row)
-                first = start + np.clip(-((start - lo[0]) // step), 0, None) * step  # first key at or after lo
-                met = np.unique(owner[first < np.minimum(stop, hi[-1])]).tolist()
-                if run.step > 1:
-                    met = [s for s in met if not table[rank, s] and _sees(run, keys, s, mask, q_offset, row)]
-                table[rank, met] = True
+                together = _meets(spans, lo[:1], hi[-1:])
+                if run.step == 1:
+                    table[rank, owner[together]] = True
+                    continue
+                table[rank, owner[_meets(spans, lo, hi)]] = True
+                unsettled = together & ~table[rank, owner]
+                if unsettled.any():
+                    lo, hi = mask.bounds(np.arange(run.start, run.stop, run.step) + q_offset, row)
+                    table[rank, owner[unsettled][_meets(spans[unsettled], lo, hi)]] = True
     table.setflags(write=False)
     return table
 
 
-def _sees(run: range, keys: Layout, shard: int, mask: Mask, q_offset: int, row: int) -> bool:
-    """Does any query of ``run`` see any key of ``shard``? Its ends are asked first: for dense masks they settle it."""
-    for part in (run[:: max(1, len(run) - 1)], run):
-        lo, hi = mask.bounds(np.arange(part.start, part.stop, part.step) + q_offset, row)
-        if (keys.below(shard, hi) > keys.below(shard, lo)).any():
-            return True
-    return False
+def _meets(spans: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """Does each run of keys (start, step, count) have one in any of the ranges ``[lo, hi)``? bool ``[runs]``."""
+    start, step, count = spans.T[:, :, None]
+    before = (np.clip(-((start - edge) // step), 0, count) for edge in (hi, lo))
+    return np.greater(*before).any(axis=1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class Recipe(Protocol):
 class Recipes:
     """Handle to recipe. A recipe is found as long as anybody holds it, and longer while it is among the last used.
 
-    The second part is for backward: by then the loop may have let go of the sharding that its forward used.
+    By the time of backward the loop may have let go of the sharding that its forward used. Eager autograd holds it
+    with the rest of what it saves; captured graphs can save tensors only, and rely on the second part.
     """
 
     def __init__(self, most: int) -> None:
@@ -50,7 +51,8 @@ class Recipes:
         recipe = self._alive.get(number)
         if recipe is None:
             raise RingflashError(
-                f"more than {self._most} other shardings were used between a forward and its backward; run backward sooner"
+                f"handle {number} belongs to no sharding that is alive in this process, or among the last {self._most} "
+                "used: run the backward of a captured graph sooner, and build shardings where they are used"
             )
         with self._lock:
             self._used[number] = recipe
@@ -60,4 +62,4 @@ class Recipes:
         return recipe
 
 
-recipes = Recipes(most=1024)
+recipes = Recipes(most=64)

@@ -12,6 +12,7 @@ unmasked tokens of all ranks (a rank may hold none), and gradients are summed as
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -21,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ringflash.gradients import GradientSum
 from ringflash.layout import Layout
 from ringflash.mask import Mask, causal, documents
 from ringflash.partial import accumulation_dtype
 from ringflash.shard import Sharding
-from ringflash.wire import Group, Wire, address, connect, resolve
+from ringflash.wire import Group, address, connect, resolve
 
 IGNORED = -100  # the label of a token without a target, as in torch.nn.functional.cross_entropy
 
@@ -52,13 +54,15 @@ class SequenceParallel(nn.Module):
 
     Every rank of the group passes the same whole batch. ``input_ids``, ``position_ids``, ``labels`` and the other names
     of ``SEQUENCE_DIMS`` are sharded; further ones are named with ``seq_dims={"name": dim}`` (None: pass it whole). Any
-    other tensor with a dimension as long as the sequence is an error. ``position_ids`` are made, global, if the model
-    takes them. ``attention_mask`` may pad either end of a row; padding becomes a document of its own. A mask passed in
+    other tensor argument with a dimension as long as the sequence is an error. ``position_ids`` are made, global, if the
+    model names them. ``attention_mask`` may pad either end of a row; padding becomes a document of its own. A mask passed in
     the call, ``model(..., mask=rf.causal & rf.documents(cu_seqlens))``, replaces ``mask`` for that batch.
 
     The model computes attention in modules that have a ``sharding`` attribute (``rf.RingAttention``, or your own with
     ``self.sharding = None`` and ``rf.ring_attention(q, k, v, self.sharding)``), and returns logits: a tensor, or an object
-    with ``.logits``. With ``labels`` (shifted here) or ``shift_labels`` (shifted already) the loss is the mean cross
+    ``self.sharding = None`` and ``rf.ring_attention(q, k, v, self.sharding)``), and returns logits: a tensor, or an object
+    with ``.logits`` (its ``.loss`` is set where it has one). With ``labels`` (shifted here) or ``shift_labels`` (shifted
+    already) the loss is the mean cross
     entropy over all unmasked tokens of ``tokens_group`` (default ``group``): equal on all ranks, 0 if there are none.
 
     ``gradients="reduce"``: parameter gradients are summed over ``group`` after every backward. ``"engine"``: DDP, FSDP or
@@ -93,42 +97,61 @@ class SequenceParallel(nn.Module):
         self._group, self._mask, self._layout, self._gradients = resolve(group), mask, layout, gradients
         self._tokens_group = self._group if tokens_group is None else resolve(tokens_group)
         self._seq_dims = SEQUENCE_DIMS | dict(seq_dims or {})
-        self._signature = inspect.signature(model.forward)
-        self._sum = None
+        self._signature = inspect.signature(_innermost(model).forward)
+        self._sum: GradientSum | None = None
         if gradients == "reduce":
             self._refuse_engines()
-            self._sum = _GradientSum(model, connect(self._group))
+            if address(self._tokens_group)[1] != address(self._group)[1]:
+                raise ValueError(
+                    f"SequenceParallel: tokens_group has {address(self._tokens_group)[1]} ranks, group "
+                    f"{address(self._group)[1]}; gradients='reduce' sums over group alone: use 'engine', with DDP or FSDP"
+                )
+            self._sum = GradientSum(model, connect(self._group))
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inner model's forward on this rank's part; returns :class:`Output`, or the model's own with ``loss`` set."""
-        if self._gradients == "reduce":
+        if self._sum is not None:
             self._refuse_engines()
+            self._sum.watch()
         mask = kwargs.pop("mask") if isinstance(kwargs.get("mask"), Mask) else self._mask
         inputs = {**self._signature.bind_partial(*args).arguments, **kwargs}
         length = self._length(inputs)
-        mask = _with_padding(mask, inputs.pop("attention_mask", None))
+        mask = _with_padding(mask, inputs.pop("attention_mask", None), length)
         s = self.sharding = Sharding(length, self._group, mask, self._layout)
-        for module in self.module.modules():
-            if _takes_part(module):
-                setattr(module, "sharding", s)  # noqa: B010 - a type checker knows only tensors and modules here
+        self._tell(s)
         labels = _targets(inputs)
         labels = None if labels is None else self._local("labels", labels, s)
         local = {name: self._local(name, value, s) for name, value in inputs.items()}
         if "position_ids" not in local and self._accepts("position_ids"):
-            device = next(x.device for x in local.values() if isinstance(x, Tensor))
+            device = next((x.device for x in local.values() if isinstance(x, Tensor)), None)
             local["position_ids"] = s.positions.to(device)[None]
         output = self.module(**local)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
-            raise TypeError(f"SequenceParallel: the model returned a {type(output).__name__}; logits are needed")
+            raise TypeError(
+                f"SequenceParallel: the model returned a {type(output).__name__}; it should return logits, as a tensor or "
+                "as the attribute logits of an object"
+            )
+        if (
+            logits.requires_grad
+        ):  # activation checkpointing reads the sharding again, when another forward may have set it
+            logits.register_hook(lambda _: self._tell(s))
         loss = None if labels is None else self._loss(logits, labels)
         if isinstance(output, Tensor):
             return Output(loss, logits)
-        if loss is not None:
-            output.loss = loss
+        try:
+            output.loss = loss if labels is not None else output.loss
+        except AttributeError:  # a tuple, a frozen dataclass, or an object without a place for a loss
+            return Output(loss, logits)
         return output
+
+    def _tell(self, s: Sharding) -> None:
+        """Let every layer that asks for it know the sharding."""
+        for module in self.module.modules():
+            if _takes_part(module):
+                setattr(module, "sharding", s)  # noqa: B010 - a type checker knows only tensors and modules here
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits = logits.to(accumulation_dtype(logits.dtype))
@@ -146,6 +169,10 @@ class SequenceParallel(nn.Module):
             value = inputs.get(name)
             dim = self._seq_dims.get(name)
             if isinstance(value, Tensor) and dim is not None:
+                if not -value.ndim <= dim < value.ndim:
+                    raise ValueError(
+                        f"SequenceParallel: {name} has shape {tuple(value.shape)}; dim {dim} is its sequence"
+                    )
                 return value.shape[dim]
         raise ValueError(
             f"SequenceParallel: none of {sorted(inputs)} is a sequence; name one with seq_dims={{'name': dim}}"
@@ -158,7 +185,7 @@ class SequenceParallel(nn.Module):
             dim = self._seq_dims[name]
             if dim is None:
                 return value
-            if value.shape[dim] != s.length:
+            if not -value.ndim <= dim < value.ndim or value.shape[dim] != s.length:
                 raise ValueError(
                     f"SequenceParallel: {name} has shape {tuple(value.shape)}; dim {dim} should have {s.length} positions. "
                     "Every rank passes the whole sequence"
@@ -172,8 +199,7 @@ class SequenceParallel(nn.Module):
         return value
 
     def _accepts(self, name: str) -> bool:
-        names = self._signature.parameters
-        return name in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
+        return name in self._signature.parameters
 
     def _refuse_engines(self) -> None:
         wrapped = isinstance(self.module, DistributedDataParallel)
@@ -190,11 +216,21 @@ class SequenceParallel(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters(*args, **kwargs)
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, *args: Any
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters(prefix, True, *args) if recurse else iter(())
 
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        return self.module.named_buffers(*args, **kwargs)
+    def named_buffers(self, prefix: str = "", recurse: bool = True, *args: Any) -> Iterator[tuple[str, Tensor]]:
+        return self.module.named_buffers(prefix, True, *args) if recurse else iter(())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
+        """A copy of the model in the same group, with hooks of its own."""
+        groups = {"group": self._group, "tokens_group": self._tokens_group}
+        copied = copy.deepcopy(self.module, memo)
+        return SequenceParallel(
+            copied, mask=self._mask, layout=self._layout, gradients=self._gradients, seq_dims=self._seq_dims, **groups
+        )
 
 
 class _Stated(torch.autograd.Function):
@@ -209,49 +245,12 @@ class _Stated(torch.autograd.Function):
         return gradient, None
 
 
-class _GradientSum:
-    """Sums the gradients of a model over a wire, once at the end of every backward, adding to what was there before.
-
-    While a backward runs, each parameter's earlier gradient is set aside, so that accumulation over micro-batches sums
-    only what is new. Ranks reduce in the order of the parameters, in one buffer per dtype; a parameter that only some
-    ranks used counts as zero on the others, and one that nobody used keeps no gradient.
-    """
-
-    def __init__(self, model: nn.Module, wire: Wire) -> None:
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._wire = wire
-        self._earlier: dict[int, Tensor | None] = {}
-        for index, parameter in enumerate(self._parameters):
-            parameter.register_hook(lambda gradient, index=index: self._set_aside(index))
-
-    def _set_aside(self, index: int) -> None:
-        if self._wire.ranks == 1:
-            return
-        if not self._earlier:
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
-        if index not in self._earlier:
-            self._earlier[index] = self._parameters[index].grad
-            self._parameters[index].grad = None
-
-    def _reduce(self) -> None:
-        earlier, self._earlier = self._earlier, {}
-        fresh = [i in earlier and p.grad is not None for i, p in enumerate(self._parameters)]
-        used = torch.tensor(fresh, dtype=torch.float32, device=self._parameters[0].device)
-        self._wire.all_reduce(used)
-        somewhere = [i for i, n in enumerate(used.tolist()) if n]
-        for kind in dict.fromkeys((p.dtype, p.device) for p in self._parameters):
-            mine = [i for i in somewhere if (self._parameters[i].dtype, self._parameters[i].device) == kind]
-            if not mine:
-                continue
-            parameters = [self._parameters[i] for i in mine]
-            parts = [p.grad if fresh[i] else torch.zeros_like(p) for i, p in zip(mine, parameters, strict=True)]
-            flat = torch.cat([part.reshape(-1) for part in parts if part is not None])
-            self._wire.all_reduce(flat)
-            sums = flat.split([p.numel() for p in parameters])
-            for i, parameter, total in zip(mine, parameters, sums, strict=True):
-                before = earlier.get(i, None if fresh[i] else parameter.grad)
-                total = total.view_as(parameter)
-                parameter.grad = total.clone() if before is None else before + total
+def _innermost(model: Any) -> nn.Module:
+    """The user's own module inside DDP and torch.compile, whose forward has the names of its inputs."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    inner: nn.Module = model
+    return inner
 
 
 def _takes_part(module: nn.Module) -> bool:
@@ -266,15 +265,17 @@ def _targets(inputs: dict[str, Any]) -> Tensor | None:
     return shifted if labels is None else F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
-def _with_padding(mask: Mask, attention_mask: Tensor | None) -> Mask:
+def _with_padding(mask: Mask, attention_mask: Tensor | None, length: int) -> Mask:
     """Padding at either end of a row becomes a document of its own, which no real token sees."""
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None:
         return mask
-    if attention_mask.ndim != 2:
+    if attention_mask.ndim != 2 or attention_mask.shape[1] != length:
         raise ValueError(
-            f"SequenceParallel: attention_mask has shape {tuple(attention_mask.shape)}; [batch, seq] with 0 for padding is "
-            "needed, other masks are given as mask=rf.causal & ..."
+            f"SequenceParallel: attention_mask has shape {tuple(attention_mask.shape)}; [batch, {length}] with 0 for padding "
+            "is needed, other masks are given as mask=rf.causal & ..."
         )
+    if bool(attention_mask.all()):
+        return mask
     rows = []
     for row in (attention_mask != 0).tolist():
         edges = [i for i in range(1, len(row)) if row[i] != row[i - 1]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import torch
@@ -134,10 +134,10 @@ class Sharding:
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of ``x``, whose ``dim`` is the whole sequence. Contiguous; differentiable."""
-        if x.shape[dim] != self.length:
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.length:
             raise ValueError(
-                f"shard: dim {dim} of a tensor of shape {tuple(x.shape)} has {x.shape[dim]} positions; this sharding "
-                f"has {self.length}" + ("" if self.keys == self.length else "; keys go through key_sharding.shard")
+                f"shard: dim {dim} of a tensor of shape {tuple(x.shape)}; this sharding has {self.length} positions"
+                + ("" if self.keys == self.length else "; keys go through key_sharding.shard")
             )
         return x.index_select(dim, self.positions.to(x.device)).contiguous()
 
@@ -154,6 +154,17 @@ class Sharding:
             )
         whole: Tensor = _Unshard.apply(x, self, dim % x.ndim)
         return whole
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Sharding:
+        return self  # nothing in it changes, and a process group cannot be copied
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if not isinstance(self.group, tuple):
+            raise TypeError(
+                "a Sharding with a process group cannot be pickled; build it on each rank from the same arguments"
+            )
+        make = partial(Sharding, keys=self.keys, q_offset=self.q_offset)
+        return make, (self.length, self.group, self.mask, self.layout, self.route)
 
     def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
         """What an operator needs to run: the plan and the wire. The numbers of local tokens were checked before."""

@@ -155,10 +155,10 @@ class Unconnected:
 
 
 class DistributedWire:
-    """Point-to-point messages over a process group that belongs to the ring alone.
+    """Point-to-point messages over a process group that belongs to the ring alone; collectives over the parent.
 
-    Nobody else's collectives can then slip between a send and its receive. The group is made when all ranks first
-    communicate (only members take part), and warmed up by one tiny exchange in which every rank takes part, as NCCL asks.
+    Nobody else's messages can then slip between a send and its receive. The group is made when all ranks first
+    communicate, and warmed up by one tiny exchange in which every rank takes part, as NCCL asks.
     """
 
     def __init__(self, parent: dist.ProcessGroup) -> None:
@@ -170,42 +170,60 @@ class DistributedWire:
     def warm_up(self, device: torch.device) -> None:
         if device.type in self._warm or self.ranks == 1:
             return
+        if self._group is None:
+            self._group = _ring_group(self._living_parent(), device)
         out, back = torch.zeros(1, dtype=torch.uint8, device=device), torch.zeros(1, dtype=torch.uint8, device=device)
-        self._warm.add(device.type)
         self.exchange([((self.rank + 1) % self.ranks, out)], [((self.rank - 1) % self.ranks, back)]).wait()
+        self._warm.add(device.type)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         if not sends and not receives:
             return _Done()
-        group = self._own_group()
         moves = [(dist.isend, m) for m in sends] + [(dist.irecv, m) for m in receives]
-        batch = [dist.P2POp(move, buffer, group=group, group_peer=peer) for move, (peer, buffer) in moves]
+        batch = [dist.P2POp(move, buffer, group=self._group, group_peer=peer) for move, (peer, buffer) in moves]
         return _Batch(dist.batch_isend_irecv(batch), batch)
 
     def all_reduce(self, tensor: Tensor) -> None:
         if self.ranks > 1:
-            dist.all_reduce(tensor, group=self._own_group())
+            dist.all_reduce(tensor, group=self._living_parent())
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         if self.ranks == 1:
             return [tensor]
         gathered = [torch.empty_like(tensor) for _ in range(self.ranks)]
-        dist.all_gather(gathered, tensor, group=self._own_group())
+        dist.all_gather(gathered, tensor, group=self._living_parent())
         return gathered
 
-    def _own_group(self) -> dist.ProcessGroup:
-        if self._group is None:
-            parent = self._parent()
-            if parent is None:
-                raise WireError("the process group of this ring was destroyed")
-            self._group = dist.new_group(
-                dist.get_process_group_ranks(parent),
-                timeout=_timeout(parent),
-                backend=dist.get_backend_config(parent),
-                use_local_synchronization=True,
-                group_desc="ringflash",
-            )
-        return self._group
+    def _living_parent(self) -> dist.ProcessGroup:
+        parent = self._parent()
+        if parent is None or parent not in dist.distributed_c10d._world.pg_map:
+            raise WireError("the process group of this ring was destroyed; build shardings and wrappers anew")
+        return parent
+
+
+def _ring_group(parent: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """A group of the same ranks as ``parent``, with its timeout and back ends. Collective.
+
+    Where the parent is the whole world every rank is here, and torch's usual way works. Otherwise only members can take
+    part, and torch then names the group by the number of groups that each process has: where those differ (somebody made
+    a group of rank 0 alone) its ranks would wait for each other under different names. They compare first, and if the
+    numbers differ the ring runs on its parent.
+    """
+    ranks = dist.get_process_group_ranks(parent)
+    local = len(ranks) < dist.get_world_size()
+    if local:
+        mine = torch.tensor([len(dist.distributed_c10d._world.pg_names)], device=device)
+        counts = [torch.empty_like(mine) for _ in ranks]
+        dist.all_gather(counts, mine, group=parent)
+        if len({int(count) for count in counts}) > 1:
+            return parent
+    return dist.new_group(
+        ranks,
+        timeout=_timeout(parent),
+        backend=dist.get_backend_config(parent),
+        use_local_synchronization=local,
+        group_desc="ringflash",
+    )
 
 
 @dataclass

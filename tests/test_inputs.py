@@ -142,7 +142,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "wrong length": (
         lambda: rf.Sharding(8, (0, 2)).shard(torch.ones(2, 9), dim=1),
         ValueError,
-        r"dim 1 of a tensor of shape \(2, 9\) has 9 positions; this sharding has 8",
+        r"dim 1 of a tensor of shape \(2, 9\); this sharding has 8 positions",
     ),
     "keys in the wrong place": (
         lambda: rf.Sharding(8, (0, 2), keys=6, q_offset=0).shard(torch.ones(2, 6), dim=1),
@@ -205,5 +205,5 @@ def test_too_many_live_shardings_are_named() -> None:
         assert few[handles[-1]] is s
     assert few[handles[0]] is kept  # somebody still holds it
     assert few[handles[-1]].length == 8  # nobody does, but it was just used
-    with pytest.raises(rf.RingflashError, match="more than 2 other shardings"):
+    with pytest.raises(rf.RingflashError, match="among the last 2 used"):
         few[handles[3]]

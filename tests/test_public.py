@@ -21,7 +21,7 @@ FLOORS = {
     0: {"errors", "mask", "layout", "route", "plan", "draw"},
     1: {"partial", "intervals", "reference", "aten", "backend", "wire", "local", "recipe", "shard"},
     2: {"circulate"},
-    3: {"operator", "attention", "modules", "sequence_parallel"},
+    3: {"operator", "attention", "modules", "gradients", "sequence_parallel"},
     4: {"machine", "__main__"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

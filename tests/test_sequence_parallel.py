@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,9 +211,10 @@ def test_objects_with_logits_come_back_with_the_loss_set() -> None:
         ({"position_ids": torch.arange(5)[None]}, r"position_ids has shape \(1, 5\)"),
         ({"attention_mask": torch.tensor([[1] * 5 + [0] + [1] * 17] * 2)}, "pads between the tokens of a row"),
         ({"attention_mask": torch.zeros(2, 1, 23, 23)}, r"attention_mask has shape \(2, 1, 23, 23\)"),
+        ({"attention_mask": torch.ones(2, 22)}, r"attention_mask has shape \(2, 22\); \[batch, 23\]"),
         ({"mask": rf.documents([0, 7])}, "documents of the mask cover 7 positions"),
     ],
-    ids=["two labels", "short labels", "short positions", "holes", "4-d mask", "documents"],
+    ids=["two labels", "short labels", "short positions", "holes", "4-d mask", "short mask", "documents"],
 )
 def test_what_does_not_fit_is_said_before_anything_is_sent(inputs: dict[str, Any], sentence: str) -> None:
     """On every rank alike."""
@@ -272,3 +275,149 @@ def test_activation_checkpointing_recomputes_the_ring_and_changes_nothing() -> N
         return {name: p.grad for name, p in model.named_parameters()}
 
     assert agree(rf.local_world(3).run(one_rank)[1], trained(1)[0][2])
+
+
+def test_checkpointing_with_two_forwards_before_a_backward() -> None:
+    """Recomputation sees the sharding of its own forward, though a later one has set another mask and layout."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Thrifty(Model):
+        def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, extra: Any = None) -> Tensor:
+            x = self.embed(input_ids)
+            return self.head(x + checkpoint(self.dense, x, position_ids, use_reentrant=False))
+
+    masks = (rf.causal & rf.documents([0, 9, LENGTH]), rf.causal)
+
+    def one_rank(group: Any, together: bool) -> dict[str, Tensor | None]:
+        model = Thrifty()
+        wrapped = rf.SequenceParallel(model, group)
+        losses = [lambda m=m: wrapped(input_ids=IDS, labels=LABELS, mask=m).loss for m in masks]
+        if together:
+            sum(loss() for loss in losses).backward()
+        else:
+            for loss in losses:
+                loss().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    for ranks in (1, 3):
+        for a, b in zip(*(rf.local_world(ranks).run(one_rank, how) for how in (True, False)), strict=True):
+            assert agree(a, b)
+
+
+def _grads_after(change: Any, ranks: int = 2) -> list[dict[str, Tensor | None]]:
+    """Raw gradients of a step on so many ranks, after ``change(model, wrapped)`` happened behind the wrapper's back."""
+
+    def one_rank(group: Any) -> dict[str, Tensor | None]:
+        torch.manual_seed(5)
+        model = copy.deepcopy(BASE)
+        wrapped = rf.SequenceParallel(model, group)
+        change(model, wrapped)
+        wrapped(input_ids=IDS, labels=LABELS).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    return rf.local_world(ranks).run(one_rank)
+
+
+def _new_head(model: nn.Module, wrapped: nn.Module) -> None:
+    model.head = nn.Linear(16, VOCABULARY).double()
+
+
+def _assigned(model: nn.Module, wrapped: nn.Module) -> None:
+    wrapped.load_state_dict({name: x.clone() for name, x in BASE.state_dict().items()}, assign=True)
+
+
+def _failed_backward(model: nn.Module, wrapped: nn.Module) -> None:
+    def fail(gradient: Tensor) -> None:
+        raise ArithmeticError("planted")
+
+    hook = model.embed.weight.register_hook(fail)
+    with pytest.raises(ArithmeticError, match="planted"):
+        wrapped(input_ids=IDS, labels=LABELS).loss.backward()
+    hook.remove()
+    model.zero_grad()
+
+
+def _thawed(model: nn.Module, wrapped: nn.Module) -> None:
+    model.head.requires_grad_(False)
+    wrapped(input_ids=IDS, labels=LABELS).loss.backward()
+    model.head.requires_grad_(True)
+    model.zero_grad()
+
+
+def _gradients_taken_aside(model: nn.Module, wrapped: nn.Module) -> None:
+    parameters = [p for name, p in model.named_parameters() if "unused" not in name]
+    wrapped(input_ids=IDS, labels=LABELS).loss.backward()
+    kept = [p.grad for p in parameters]
+    torch.autograd.grad(wrapped(input_ids=IDS, labels=LABELS).loss, parameters)
+    assert all(p.grad is gradient for p, gradient in zip(parameters, kept, strict=True))
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("change", [_new_head, _assigned, _failed_backward, _thawed, _gradients_taken_aside])
+def test_gradients_are_summed_whatever_happened_to_the_model(change: Any) -> None:
+    """New parameters, frozen ones that thaw, a backward that failed, gradients taken without backward: still one process's."""
+    (alone,) = _grads_after(change, ranks=1)
+    assert all(agree(alone, grads) for grads in _grads_after(change, ranks=3))
+
+
+def test_accumulated_gradients_stay_the_tensors_they_were() -> None:
+    """Optimizers over flat buffers keep views of the gradients."""
+
+    def one_rank(group: Any) -> bool:
+        model = copy.deepcopy(BASE)
+        wrapped = rf.SequenceParallel(model, group)
+        wrapped(input_ids=IDS, labels=LABELS).loss.backward()
+        first = model.head.weight.grad
+        wrapped(input_ids=IDS, labels=LABELS).loss.backward()
+        return model.head.weight.grad is first
+
+    assert all(rf.local_world(2).run(one_rank))
+
+
+def test_a_copy_of_a_wrapped_model_is_a_model_of_its_own() -> None:
+    """Averaged weights and ensembles copy models, also after a forward; the copy sums gradients itself."""
+
+    def one_rank(group: Any) -> dict[str, Tensor | None]:
+        wrapped = rf.SequenceParallel(copy.deepcopy(BASE), group)
+        wrapped(input_ids=IDS, labels=LABELS)
+        copied = copy.deepcopy(wrapped)
+        assert copied.head.weight is not wrapped.head.weight
+        copied(input_ids=IDS, labels=LABELS).loss.backward()
+        assert wrapped.head.weight.grad is None
+        return {name: p.grad for name, p in copied.module.named_parameters()}
+
+    assert agree(rf.local_world(2).run(one_rank)[0], trained(1)[0][2])
+
+
+def test_a_pickled_sharding_is_built_anew() -> None:
+    """A handle means something in one process only; a sharding with a group belongs to its process."""
+    s = rf.Sharding(9, (1, 2), rf.window(3, 0), "striped")
+    again = pickle.loads(pickle.dumps(s))
+    assert again == s and int(again.handle) != int(s.handle)
+    with pytest.raises(TypeError, match="build it on each rank"):
+        rf.local_world(1).run(lambda group: pickle.dumps(rf.Sharding(9, group)))
+
+
+def test_outputs_that_cannot_take_a_loss_come_back_as_ours() -> None:
+    """A NamedTuple with logits has no place for the loss: the wrapper's own output has."""
+
+    class Named(Model):
+        def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, extra: Any = None) -> Any:
+            return collections.namedtuple("Reply", "logits")(super().forward(input_ids, position_ids))
+
+    assert torch.allclose(rf.SequenceParallel(Named(), (0, 1))(input_ids=IDS, labels=LABELS).loss, trained(1)[0][0])
+
+    class Wrong(Model):
+        def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, extra: Any = None) -> Any:
+            return {"logits": super().forward(input_ids, position_ids)}
+
+    with pytest.raises(TypeError, match="returned a dict; it should return logits"):
+        rf.SequenceParallel(Wrong(), (0, 1))(input_ids=IDS)
+
+
+def test_a_token_mean_beyond_the_group_needs_an_engine() -> None:
+    """Summing over the group alone would leave out the other ranks' share of the mean."""
+    with pytest.raises(
+        ValueError, match=r"tokens_group has 4 ranks, group 2; gradients='reduce' sums over group alone"
+    ):
+        rf.SequenceParallel(copy.deepcopy(BASE), (0, 2), tokens_group=(0, 4))
