@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 launch/train.py --check                           real text, a loss that falls
     torchrun --nproc-per-node 2 launch/train.py --task passkey                    solved: the ring carries the key
     torchrun --nproc-per-node 2 launch/train.py --task passkey --attention local  at chance: nothing carries it
-    torchrun --nproc-per-node 4 launch/train.py --data 2 --engine fsdp            2 x 2 ranks, weights sharded
+    torchrun --nproc-per-node 4 launch/train.py --batch 2 --data 2 --engine fsdp  2 x 2 ranks, weights sharded
     python launch/train.py                                                        one process, no launcher
 
 The result does not depend on how many processes there are: the samples of a step, the loss and the gradients are those

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import ROOT, torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 120
 
 # Small enough that a step takes milliseconds; an odd length, so that shards are uneven on any number of ranks.
@@ -40,28 +36,7 @@ def train() -> Callable[..., str]:
 
 
 def _train(processes: int, *arguments: object, status: int = 0) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "launch" / "train.py")]
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    process = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"{command} did not end within {SECONDS} s; it printed:\n{output[-4000:]}")
-    if process.returncode != status:
-        pytest.fail(f"{command} ended with status {process.returncode}, not {status}; it printed:\n{output[-4000:]}")
-    return output
+    return torchrun(processes, ROOT / "launch" / "train.py", *arguments, seconds=SECONDS, status=status)
 
 
 @pytest.fixture(scope="session")
