@@ -5,7 +5,7 @@
 Versions take turns, so that a noisy machine disturbs all of them alike: the ring on two processes, ringflash on one
 process with one core (the other process waits), and PyTorch's own scaled_dot_product_attention there. Forward and forward
 plus backward, causal, float32, grouped heads. The host's overhead is measured where there is next to nothing to compute:
-per call on a ring of one, and per hop from a ring of two. Writes results/ring_cpu.jsonl.
+per call on a ring of one, and per hop (a message and one more visit) from a ring of two. Writes results/ring_cpu.jsonl.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def show(records: list[dict[str, Any]]) -> None:
         t = host[name]
         print(
             f"host overhead, {name}: {t['microseconds_per_call']:.0f} us per call, "
-            f"{t['microseconds_per_hop']:.0f} us per hop of two gloo processes ({t['hops']} hops)"
+            f"{t['microseconds_per_hop']:.0f} us per hop: a message and its part of one more visit ({t['hops']} hops)"
         )
 
 

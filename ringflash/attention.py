@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ringflash.backend import select
 from ringflash.layout import contiguous
@@ -295,6 +296,8 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, handle: Tensor, options: _Given, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     options.check(q)
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise RuntimeError(f"{options.caller}: forward-mode derivatives (jvp) are not implemented; use backward")
     scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
     scoring = Scoring(scale, options.softcap, options.alibi_slopes, options.dropout_p)
     try:

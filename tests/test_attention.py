@@ -275,6 +275,13 @@ def test_the_second_derivative_is_refused_in_our_words() -> None:
         gradient.sum().backward()
 
 
+def test_forward_mode_is_refused() -> None:
+    """A tangent that nobody propagates would come out as zero."""
+    q = torch.randn(1, 5, 1, 4)
+    with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+        torch.func.jvp(lambda x: rf.flash_attention(x, x, x), (q,), (q,))
+
+
 def test_strided_views_and_expanded_gradients() -> None:
     """Slices of a fused projection, transposed heads and an expanded output gradient need no copy by the user."""
     fused = torch.randn(2, LENGTH, 3, 4, 8, dtype=torch.float64)
