@@ -10,11 +10,21 @@ backward runs, earlier gradients are set aside; when it is over, what is new is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ringflash.wire import Wire
+
+
+@dataclass
+class _Backward:
+    """What one backward has set aside, and the parameters whose new gradient is there, both by index."""
+
+    earlier: dict[int, Tensor | None] = field(default_factory=dict)
+    fresh: set[int] = field(default_factory=set)
 
 
 class GradientSum:
@@ -29,13 +39,15 @@ class GradientSum:
         self._model, self._wire = model, wire
         self._parameters: list[nn.Parameter] = []
         self._hooks: list[RemovableHandle] = []
-        self._earlier: dict[int, Tensor | None] = {}
-        self._fresh: set[int] = set()
-        self._backward: int | None = None  # torch's number of the backward under way
+        self._under_way: dict[int, _Backward] = {}  # by torch's number: reentrant checkpointing runs one inside another
 
     def watch(self) -> None:
         """Before a forward: hook the parameters that the model has now, if they are not those it had."""
-        self._restore()  # an exception may have ended the last backward before its time
+        if torch._C._current_graph_task_id() < 0:  # an exception may have ended the last backward before its time
+            for backward in self._under_way.values():
+                for index, gradient in backward.earlier.items():
+                    self._parameters[index].grad = gradient
+            self._under_way = {}
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         if self._wire.ranks == 1 or [id(p) for p in parameters] == [id(p) for p in self._parameters]:
             return
@@ -45,32 +57,30 @@ class GradientSum:
         for index, parameter in enumerate(parameters):
             self._hooks += [
                 parameter.register_hook(lambda gradient, index=index: self._set_aside(index, gradient)),
-                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._fresh.add(index)),
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._arrived(index)),
             ]
 
     def _set_aside(self, index: int, gradient: Tensor) -> None:
         if gradient.is_sparse:
             raise ValueError("SequenceParallel: a gradient is sparse; make the embedding with sparse=False")
-        backward = torch._C._current_graph_task_id()
-        if self._backward != backward:
-            self._restore()
-            self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
-        if index not in self._earlier:
-            self._earlier[index] = self._parameters[index].grad
+        number = torch._C._current_graph_task_id()
+        if number not in self._under_way:
+            self._under_way[number] = _Backward()
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._reduce(number))
+        earlier = self._under_way[number].earlier
+        if index not in earlier:
+            earlier[index] = self._parameters[index].grad
             self._parameters[index].grad = None
 
-    def _restore(self) -> None:
-        """Put back what was set aside for gradients that never came."""
-        for index, gradient in self._earlier.items():
-            if index not in self._fresh:
-                self._parameters[index].grad = gradient
-        self._earlier, self._fresh, self._backward = {}, set(), None
+    def _arrived(self, index: int) -> None:
+        self._under_way[torch._C._current_graph_task_id()].fresh.add(index)
 
     @torch.no_grad()
-    def _reduce(self) -> None:
-        earlier, fresh = self._earlier, self._fresh
-        self._restore()
+    def _reduce(self, number: int) -> None:
+        backward = self._under_way.pop(number)
+        earlier, fresh = backward.earlier, backward.fresh
+        for index in earlier.keys() - fresh:  # autograd.grad took the gradient elsewhere
+            self._parameters[index].grad = earlier[index]
         used = torch.tensor(
             [float(i in fresh) for i in range(len(self._parameters))], device=self._parameters[0].device
         )

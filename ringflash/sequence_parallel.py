@@ -60,10 +60,9 @@ class SequenceParallel(nn.Module):
 
     The model computes attention in modules that have a ``sharding`` attribute (``rf.RingAttention``, or your own with
     ``self.sharding = None`` and ``rf.ring_attention(q, k, v, self.sharding)``), and returns logits: a tensor, or an object
-    ``self.sharding = None`` and ``rf.ring_attention(q, k, v, self.sharding)``), and returns logits: a tensor, or an object
     with ``.logits`` (its ``.loss`` is set where it has one). With ``labels`` (shifted here) or ``shift_labels`` (shifted
-    already) the loss is the mean cross
-    entropy over all unmasked tokens of ``tokens_group`` (default ``group``): equal on all ranks, 0 if there are none.
+    already) the loss is the mean cross entropy over all unmasked tokens of ``tokens_group`` (default ``group``): equal on
+    all ranks, 0 if there are none.
 
     ``gradients="reduce"``: parameter gradients are summed over ``group`` after every backward. ``"engine"``: DDP, FSDP or
     ZeRO averages over ``tokens_group`` or more, and the loss is scaled so that its average is right.
@@ -134,9 +133,8 @@ class SequenceParallel(nn.Module):
                 f"SequenceParallel: the model returned a {type(output).__name__}; it should return logits, as a tensor or "
                 "as the attribute logits of an object"
             )
-        if (
-            logits.requires_grad
-        ):  # activation checkpointing reads the sharding again, when another forward may have set it
+        if logits.requires_grad:
+            # activation checkpointing reads the sharding again, when another forward may have set another one
             logits.register_hook(lambda _: self._tell(s))
         loss = None if labels is None else self._loss(logits, labels)
         if isinstance(output, Tensor):

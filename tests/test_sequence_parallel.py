@@ -259,22 +259,25 @@ def test_rotary_positions_are_relative() -> None:
     assert not torch.allclose(layer(x, place), layer(x, moved), atol=1e-4)
 
 
-def test_activation_checkpointing_recomputes_the_ring_and_changes_nothing() -> None:
-    """torch.utils.checkpoint over layers of the model gives the same gradients on every rank."""
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_recomputes_the_ring_and_changes_nothing(reentrant: bool) -> None:
+    """torch.utils.checkpoint over layers of the model, either kind, gives the same accumulated gradients on every rank."""
     from torch.utils.checkpoint import checkpoint
 
     class Thrifty(Model):
         def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, extra: Any = None) -> Tensor:
             x = self.embed(input_ids)
-            x = x + checkpoint(self.dense, x, position_ids, use_reentrant=False)
-            return self.head(x + checkpoint(self.local, x, position_ids, use_reentrant=False))
+            x = x + checkpoint(self.dense, x, position_ids, use_reentrant=reentrant)
+            return self.head(x + checkpoint(self.local, x, position_ids, use_reentrant=reentrant))
 
     def one_rank(group: Any) -> dict[str, Tensor | None]:
         model = Thrifty()
-        rf.SequenceParallel(model, group)(input_ids=IDS, labels=LABELS).loss.backward()
+        wrapped = rf.SequenceParallel(model, group)
+        for _ in range(2):
+            wrapped(input_ids=IDS, labels=LABELS).loss.backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
-    assert agree(rf.local_world(3).run(one_rank)[1], trained(1)[0][2])
+    assert agree(rf.local_world(3).run(one_rank)[1], trained(1, backwards=2)[0][2])
 
 
 def test_checkpointing_with_two_forwards_before_a_backward() -> None:
@@ -358,6 +361,23 @@ def test_gradients_are_summed_whatever_happened_to_the_model(change: Any) -> Non
     """New parameters, frozen ones that thaw, a backward that failed, gradients taken without backward: still one process's."""
     (alone,) = _grads_after(change, ranks=1)
     assert all(agree(alone, grads) for grads in _grads_after(change, ranks=3))
+
+
+def test_a_failed_backward_leaves_earlier_gradients_alone() -> None:
+    """What micro-batches have accumulated survives an exception in a later one."""
+
+    def one_rank(group: Any) -> dict[str, Tensor | None]:
+        model = copy.deepcopy(BASE)
+        wrapped = rf.SequenceParallel(model, group)
+        wrapped(input_ids=IDS, labels=LABELS).loss.backward()
+        hook = model.embed.weight.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            wrapped(input_ids=IDS, labels=LABELS).loss.backward()
+        hook.remove()
+        wrapped(input_ids=IDS, labels=LABELS).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    assert agree(rf.local_world(2).run(one_rank)[0], trained(1, backwards=2)[0][2])
 
 
 def test_accumulated_gradients_stay_the_tensors_they_were() -> None:
