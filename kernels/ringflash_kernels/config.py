@@ -1,0 +1,118 @@
+"""Which tile shapes a kernel runs with: a reviewed table, not an autotuner.
+
+Autotuning at the first step stalls every rank for minutes, and ranks that choose differently round differently. So the
+choice is a table, read by (architecture, direction, what the kernel has to do, head dim), written by hand from what the
+compiler reports and what ``benchmarks/tune.py`` measures. An architecture that is not in it runs a small tile that fits
+everywhere.
+
+    direction    forward | decode | backward (dq by reduce-add) | dkdv, dq (two passes, nothing added out of order)
+    work         plain | options (softcap, ALiBi, dropout: more registers) | float32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Direction = Literal["forward", "decode", "backward", "dkdv", "dq"]
+Work = Literal["plain", "options", "float32"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of ``block_q`` queries by ``block_k`` keys, on so many warps, with loads so many stages ahead."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+Rows = tuple[tuple[int, Config], ...]  # (largest padded head dim, what to run), ascending
+
+TABLE: dict[tuple[int, Direction, Work], Rows] = {
+    (90, "forward", "plain"): (
+        (128, Config(128, 128, 8, 2)),
+        (256, Config(128, 64, 8, 2)),
+    ),
+    (90, "forward", "options"): ((64, Config(128, 64, 8, 2)), (256, Config(128, 64, 8, 2))),
+    (90, "forward", "float32"): ((256, Config(64, 32, 8, 2)),),
+}
+SMALL = Config(64, 32, 4, 2)  # fits where shared memory is 99 KiB
+INTERPRETED = Config(32, 32, 4, 1)  # many seams in few rows
+
+_overrides: dict[Direction, Config] = {}
+
+
+def choose(direction: Direction, arch: int, head_dim: int, value_dim: int, work: Work) -> Config:
+    """What to run on ``arch`` (80, 90, 100, ...; 0 is the interpreter) for these head dims."""
+    if direction in _overrides:
+        return _overrides[direction]
+    if arch == 0:
+        return INTERPRETED
+    wide = max(sum(parts(head_dim)), sum(parts(value_dim)))
+    rows = TABLE.get((arch, direction, work), ())
+    return next((config for largest, config in rows if wide <= largest), SMALL)
+
+
+@contextmanager
+def use(direction: Direction, config: Config) -> Iterator[None]:
+    """Run ``direction`` with ``config`` inside this block, whatever the table says: for tests and the tuner."""
+    before = _overrides.get(direction)
+    _overrides[direction] = config
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[direction]
+        else:
+            _overrides[direction] = before
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> int:
+    """The table's name for a device: 80 for A100, 90 for H100 and H200, 100 for B200; 0 for a CPU (the interpreter)."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 100 if major == 10 else 10 * major + minor
+
+
+@lru_cache(maxsize=256)
+def parts(head_dim: int) -> tuple[int, int]:
+    """A head dim as powers of two that cover it, of at least 16, the second 0 if one is enough.
+
+    >>> parts(128), parts(192), parts(80), parts(112), parts(40)
+    ((128, 0), (128, 64), (64, 16), (64, 64), (32, 16))
+    """
+    first = max(16, 1 << (head_dim.bit_length() - 1))
+    if first >= head_dim:
+        return first, 0
+    rest = max(16, 1 << (head_dim - first - 1).bit_length())
+    return (2 * first, 0) if rest == first and first < 64 else (first, rest)
+
+
+def halves(head_dim: int) -> tuple[int, int]:
+    """:func:`parts`, with 128 and 256 cut in two: where a whole head dim of accumulators does not fit into registers."""
+    return (head_dim // 2, head_dim // 2) if head_dim in (128, 256) else parts(head_dim)
+
+
+def work(dtype: torch.dtype, options: bool) -> Work:
+    """What a kernel has to do: see the module."""
+    return "float32" if dtype == torch.float32 else "options" if options else "plain"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 tiles are multiplied, by PyTorch's own setting ``torch.set_float32_matmul_precision``.
+
+    ``"highest"`` (its default) is true float32; ``"high"`` and ``"medium"`` are 3xTF32, which the matrix units run and
+    which keeps all but the last two bits or so. Other dtypes have one way.
+    """
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32x3"
