@@ -446,7 +446,8 @@ class _Call(NamedTuple):
         if keys:
             _key_gradients[(triton.cdiv(keys, tiles.block_k) * batch * heads,)](
                 **dict(Q0=q0, Q1=q1, K=self.k, V=self.v, DOUT0=dout0, DOUT1=dout1, DQ0=dq0, DQ1=dq1, DK=dk, DV_=dv),
-                **launch.rows(self.intervals, self.intervals.key_blocks(tiles.block_q, tiles.block_k)),
+                **launch.rows(self.intervals),
+                **launch.blocks(self.intervals.key_blocks(tiles.block_q, tiles.block_k)),
                 **self.arguments(),
                 **launch.steps(dk=dk, dv=dv, dq=dq),
                 **launch.shape(self.q, self.v, tiles, config.halves),
@@ -467,7 +468,8 @@ class _Call(NamedTuple):
         if queries:
             _query_gradients[(triton.cdiv(queries, tiles.block_q) * batch * heads,)](
                 **dict(Q=self.q, K0=k0, K1=k1, V0=v0, V1=v1, DOUT=self.dout, OLD=carry, DQ=dq),
-                **launch.rows(self.intervals, self.intervals.query_blocks(tiles.block_q, tiles.block_k)),
+                **launch.rows(self.intervals),
+                **launch.blocks(self.intervals.query_blocks(tiles.block_q, tiles.block_k)),
                 **self.arguments(),
                 **launch.steps(dq=dq, old=carry),
                 **launch.shape(self.q, self.v, tiles),

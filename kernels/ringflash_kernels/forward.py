@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringflash_kernels import config, launch
+from ringflash_kernels import config, decode, launch
 from ringflash_kernels.tiles import LN2, LOG2E, MASKED, add_values, bend, kept, partly_visible, products, put, tile
 
 
@@ -200,6 +200,8 @@ def attend(
     256. ``carry`` is an (out, lse) in float32, of any strides and so possibly broadcast; a contiguous out of ``dtype`` is
     consumed: the sum is written over it.
     """
+    if decode.pays(q, k):
+        return decode.attend(q, k, v, intervals, scoring, carry, dtype)
     q, k, v = map(launch.ready, (q, k, v))
     batch, queries, heads, width = *q.shape[:3], v.shape[3]
     arch = config.architecture(q.device)
@@ -212,7 +214,6 @@ def attend(
     # never over the carried lse: several threads read each of its rows, and one of them might have written by then
     new_lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     if into.numel():
-        blocks = intervals.query_blocks(tiles.block_q, tiles.block_k)
         _attend[(triton.cdiv(queries, tiles.block_q) * batch * heads,)](
             q,
             *launch.loads(k, tiles.block_k, config.parts(k.shape[3]), descriptors),
@@ -221,7 +222,8 @@ def attend(
             lse,
             into,
             new_lse,
-            **launch.rows(intervals, blocks),
+            **launch.rows(intervals),
+            **launch.blocks(intervals.query_blocks(tiles.block_q, tiles.block_k)),
             **launch.sizes(q, k),
             **launch.steps(q=q, k=k, v=v, out=into, carry=out),
             **launch.steps_of_lse(carry=lse),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -160,9 +159,12 @@ def sizes(q: Tensor, k: Tensor) -> dict[str, int]:
     return dict(queries=q.shape[1], keys=k.shape[1], heads=q.shape[2], group=q.shape[2] // k.shape[2])
 
 
-def rows(intervals: Intervals, blocks: Tensor) -> dict[str, Any]:
-    """Row intervals and block ranges; batch rows that share them have no stride."""
-    strides = (x.stride(0) if x.shape[0] > 1 else 0 for x in (intervals.begin, blocks))
-    return dict(BEGIN=intervals.begin, END=intervals.end, BLOCKS=blocks) | dict(
-        zip(("row_stride", "block_stride"), strides, strict=True)
-    )
+def rows(intervals: Intervals) -> dict[str, Any]:
+    """Row intervals; batch rows that share them have no stride."""
+    begin, end = intervals.begin, intervals.end
+    return dict(BEGIN=begin, END=end, row_stride=begin.stride(0) if begin.shape[0] > 1 else 0)
+
+
+def blocks(table: Tensor) -> dict[str, Any]:
+    """Block ranges, likewise."""
+    return dict(BLOCKS=table, block_stride=table.stride(0) if table.shape[0] > 1 else 0)
