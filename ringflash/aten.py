@@ -16,16 +16,25 @@ from torch import Tensor
 
 from ringflash import reference
 from ringflash.intervals import Intervals, Tile
-from ringflash.partial import Partial, absorb
+from ringflash.partial import Partial, absorb, owned
 from ringflash.reference import Scoring
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scoring: Scoring, carry: Partial) -> None:
-    """As :func:`ringflash.reference.attend`, for float32 and float64 on a CPU without further options."""
-    q, k, v = (_ready(x, carry.out.dtype) for x in (q, k, v))
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals,
+    scoring: Scoring,
+    carry: Partial | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Partial:
+    """As :func:`ringflash.reference.attend`, on a CPU and without further options."""
+    total = owned(carry, q, v)
+    q, k, v = (_ready(x, total.out.dtype) for x in (q, k, v))
     for rows, tile in _tiles_of_batch(q, intervals):
         bias, blind = _bias(tile, intervals, rows, q.dtype)
         queries, keys = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
@@ -38,7 +47,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scoring: Scori
         )
         if blind is not None:
             lse = lse.masked_fill(blind, -torch.inf)
-        absorb(Partial(carry.out[rows, queries], carry.lse[rows, :, queries]), Partial(out.transpose(1, 2), lse))
+        absorb(Partial(total.out[rows, queries], total.lse[rows, :, queries]), Partial(out.transpose(1, 2), lse))
+    return Partial(total.out.to(dtype), total.lse)
 
 
 def attend_backward(
@@ -50,21 +60,24 @@ def attend_backward(
     delta: Tensor,
     intervals: Intervals,
     scoring: Scoring,
-    dq: Tensor,
-) -> tuple[Tensor, Tensor]:
+    carry: Tensor | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`ringflash.reference.attend_backward`.
 
     The operator takes no delta: it forms rowsum(dout * out) itself. So it is given, in place of out, the multiple of
     dout that has the wanted sum. Where dout is zero, or too small, no multiple has; such rows (their gradient comes from
     lse alone) hand the call to the reference.
     """
+    dq = torch.zeros(q.shape, dtype=lse.dtype) if carry is None else carry
     q, k, v, dout = (_ready(x, dq.dtype) for x in (q, k, v, dout))
     direction = dout / dout.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(dq.dtype).tiny)
     length = (dout * direction).sum(dim=-1)
     wanted = delta.transpose(1, 2)
     multiple = torch.where(wanted == 0, 0.0, wanted / length)
     if not bool(multiple.isfinite().all()):
-        return reference.attend_backward(dout, q, k, v, lse, delta, intervals, scoring, dq)
+        return reference.attend_backward(dout, q, k, v, lse, delta, intervals, scoring, dq, dtypes)
     out = direction * multiple[..., None]
     lse = torch.where(lse == -torch.inf, 0.0, lse)
     dk, dv = torch.zeros(k.shape, dtype=dq.dtype), torch.zeros(v.shape, dtype=dq.dtype)
@@ -82,7 +95,7 @@ def attend_backward(
         )
         for total, where, grad in zip((dq, dk, dv), (queries, keys, keys), grads, strict=True):
             total[rows, where] += grad.transpose(1, 2)
-    return dk, dv
+    return dq.to(dtypes[0]), dk.to(dtypes[1]), dv.to(dtypes[1])
 
 
 def _tiles_of_batch(q: Tensor, intervals: Intervals) -> Iterator[tuple[slice, Tile]]:

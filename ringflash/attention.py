@@ -111,7 +111,7 @@ def flash_attention(
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"flash_attention: mask is {mask!r}; a mask is a value such as rf.causal & rf.window(4095, 0)")
-    options = _Given("flash_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend)
+    options = _Given("flash_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend, deterministic)
     _check_tensors("flash_attention", q, k, v, mask.rows)
     if q.shape[1] != k.shape[1] and q_offset is None and mask != full:
         raise ValueError(
@@ -187,7 +187,7 @@ def ring_attention(
             f"ring_attention: the fourth argument is a {type(s).__name__}; it is the rf.Sharding of q and k"
         )
     s = s if mask is None else s.with_mask(mask)
-    options = _Given("ring_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend)
+    options = _Given("ring_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend, deterministic)
     _check_tensors("ring_attention", q, k, v, s.rows)
     for name, tensor, held, whole in (("query", q, s.local_length, s.length), ("key", k, s.local_keys, s.keys)):
         if tensor.shape[1] != held:
@@ -225,6 +225,7 @@ class _Given:
     dropout_p: float
     seed: int | Tensor | None
     backend: str
+    deterministic: bool
 
     def check(self, q: Tensor) -> None:
         caller, (batch, _, heads, _) = self.caller, q.shape
@@ -321,5 +322,6 @@ def _run(
         float(options.softcap),
         float(options.dropout_p),
         backend,
+        options.deterministic,
     )
     return (out, lse) if return_lse else out

@@ -55,6 +55,12 @@ class Freight:
         spans = zip(starts, sizes, self.dtypes, shapes, strict=False)
         return Parcel(buffer, tuple(buffer[at : at + n].view(dtype).view(shape) for at, n, dtype, shape in spans))
 
+    def zeros(self, tokens: int) -> Parcel:
+        """The parcel of a shard of so many tokens to which nobody has added."""
+        parcel = self.blank(tokens)
+        parcel.buffer.zero_()
+        return parcel
+
     def pack(self, tensors: Sequence[Tensor]) -> Parcel:
         """A parcel that holds a copy of ``tensors``, cast to the dtypes of this freight."""
         parcel = self.blank(tensors[0].shape[1])
@@ -83,9 +89,7 @@ def circulate(
     if plan.ranks > 1:
         wire.warm_up(freight.device)
     held = {rank: freight.pack(cargo)} if any(m.shard == rank for m in plan.legs.onward_out) else {}
-    own = home.blank(cargo[0].shape[1]) if home else None
-    for tensor in own.tensors if own else ():
-        tensor.zero_()
+    own: tuple[Tensor, ...] | None = None  # this rank's share of its own total, which never travels
     coming: dict[int, tuple[Pending, Parcel]] = {}  # totals on their way to this rank
     leaving: deque[Pending] = deque()
     for step in plan.steps:
@@ -94,8 +98,10 @@ def circulate(
         totals: dict[int, Parcel] = {}
         for shard in step.visits:
             share = visit(shard, tuple(cargo) if shard == rank else held[shard].tensors)
-            if home and share is not None:
-                totals[shard] = _add_up(own if shard == rank else _awaited(coming, shard), share, home)
+            if shard == rank:
+                own = share
+            elif home and share is not None:
+                totals[shard] = _add_up(_awaited(coming, shard), share, home)
         if home:
             rooms = {move.shard: home.blank(plan.keys.tokens(move.shard)) for move in step.home_in}
             homeward = _post(wire, step.home_out, totals, step.home_in, rooms)
@@ -109,10 +115,12 @@ def circulate(
             held.pop(shard, None)
     for pending in leaving:
         pending.wait()
-    if own is None:
+    if home is None:
         return None
     arrived = _awaited(coming, rank)
-    return own.tensors if arrived is None else _add_up(own, arrived.tensors, home).tensors
+    if own is None:
+        return arrived.tensors if arrived else home.zeros(cargo[0].shape[1]).tensors
+    return own if arrived is None else _add_up(arrived, own, home).tensors
 
 
 def _post(

@@ -1,7 +1,9 @@
 """What a kernel learns of masks and layouts: for each query row, the run of local keys that it sees.
 
-``plan.intervals`` derives them on the host; here they become tensors on a device, made once per plan and shard and shared
-by every layer, forward and backward. Kernels that only know rectangles and triangles get them cut into tiles:
+``plan.intervals`` derives them on the host; here they become tensors on a device, made once per plan, for all of its
+visits together, and shared by every layer, forward and backward. Kernels that walk over blocks of keys are told, for each
+block of queries, which blocks to visit and which of them every row sees whole; kernels that only know rectangles and
+triangles get the same cells cut into tiles:
 
     end flat           end climbing by one          anything else (windows, short documents)
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -28,6 +30,8 @@ from ringflash.plan import Plan
 _BLOCK = 256  # queries under one additive mask
 _SHORT = 32  # a run of rows below this is not worth a call of its own
 _BYTES_KEPT = 128 << 20  # packed documents differ every step, and their tables must not pile up
+_SHARDINGS_KEPT = 8
+_ALIGNMENT = 16  # int32 numbers: Triton compiles a kernel anew for pointers that are not multiples of 16 bytes
 
 
 class Tile(NamedTuple):
@@ -41,64 +45,230 @@ class Tile(NamedTuple):
 
 
 class Intervals:
-    """Row intervals of one visit, on one device.
+    """Row intervals of one visit, on one device; alone, or as views ``among`` those of all visits of the plan.
 
-    ``begin``, ``end``: int32 ``[rows, s_q]``, ``rows`` 1 or the batch size; query i sees the local keys ``[begin, end)``.
-    ``queries``, ``keys``: global positions, int64 ``[s_q]`` and ``[s_k]``, for ALiBi and dropout.
+    Query i sees the local keys ``[begin, end)``. ``rows`` in the shapes below is 1 or the batch size.
     """
 
-    def __init__(self, plan: Plan, shard: int, device: torch.device) -> None:
-        self._plan, self._shard, self._device = plan, shard, device
-        self._host = plan.intervals(shard)
-        self.begin, self.end = (torch.from_numpy(x).to(device) for x in self._host)
+    def __init__(self, plan: Plan, shard: int, device: torch.device, among: _Visits | None = None) -> None:
+        self._visits = _Visits(plan, (shard,), device) if among is None else among
+        self._place = self._visits.shards.index(shard)
+        self._device = device
 
-    @cached_property
+    @property
+    def begin(self) -> Tensor:
+        """The first key that each query sees, int32 ``[rows, s_q]``; non-decreasing along a row."""
+        return self._visits.rows.tensors[2 * self._place]
+
+    @property
+    def end(self) -> Tensor:
+        """One past the last key that each query sees, int32 ``[rows, s_q]``; non-decreasing, never before ``begin``."""
+        return self._visits.rows.tensors[2 * self._place + 1]
+
+    @property
+    def query_positions(self) -> Tensor:
+        """Global positions of the queries, int32 ``[s_q]``, for ALiBi and dropout."""
+        return self._visits.positions.tensors[0]
+
+    @property
+    def key_positions(self) -> Tensor:
+        """Global positions of the keys, int32 ``[s_k]``."""
+        return self._visits.positions.tensors[1 + self._place]
+
+    @property
     def queries(self) -> Tensor:
-        return torch.tensor(self._plan.q_positions, device=self._device)
+        """``query_positions`` as int64, for arithmetic that outgrows 32 bits."""
+        return self.query_positions.long()
 
-    @cached_property
+    @property
     def keys(self) -> Tensor:
-        return torch.tensor(self._plan.keys.positions(self._shard), device=self._device)
+        """``key_positions`` as int64."""
+        return self.key_positions.long()
+
+    def query_blocks(self, block_q: int, block_k: int) -> Tensor:
+        """The key blocks that each block of queries visits, int32 ``[rows, ceil(s_q / block_q), 4]``.
+
+        Four block numbers ``start <= full_start <= full_end <= end``: no row sees a key outside blocks ``[start, end)``,
+        and every row sees all of ``[full_start, full_end)``. A key block that reaches past the last key is never full.
+        """
+        return self._visits.blocks(query_blocks, block_q, block_k).tensors[self._place]
+
+    def key_blocks(self, block_q: int, block_k: int) -> Tensor:
+        """The query blocks that visit each block of keys, int32 ``[rows, ceil(s_k / block_k), 4]``: the transposed.
+
+        A query block that reaches past the last query is full if all its queries see the whole block of keys.
+        """
+        return self._visits.blocks(key_blocks, block_q, block_k).tensors[self._place]
 
     @cached_property
     def tiles(self) -> list[list[Tile]]:
         """The same cells as rectangles and triangles, one list for each batch row that the mask tells apart."""
-        return [tiles(begin, end) for begin, end in zip(*self._host, strict=True)]
+        begin, end = self._visits.rows.host[2 * self._place :][:2]
+        return [tiles(*row) for row in zip(begin, end, strict=True)]
 
     def seen(self, queries: slice, keys: slice) -> Tensor:
         """Which of these keys these queries see: bool ``[rows, queries, keys]``."""
         key = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=self._device)
         return (key >= self.begin[:, queries, None]) & (key < self.end[:, queries, None])
 
+
+class _Visits:
+    """The tables of some visits of one rank, on one device: each kind of table in one copy, when somebody asks for it."""
+
+    def __init__(self, plan: Plan, shards: Sequence[int], device: torch.device) -> None:
+        self.shards = tuple(shards)
+        self._plan, self._device, self._lock = plan, device, threading.Lock()
+        self._made: dict[object, _Copied] = {}
+        self.rows = self._once("rows", lambda: [table for pair in plan.tables(self.shards) for table in pair])
+
+    @property
+    def positions(self) -> _Copied:
+        """Of the queries, then of the keys of each shard."""
+        return self._once("positions", self._positions)
+
+    def blocks(self, ranges: Callable[..., np.ndarray], block_q: int, block_k: int) -> _Copied:
+        """For each shard its block ranges, found by ``ranges`` row by row."""
+        return self._once((ranges, block_q, block_k), lambda: self._blocks(ranges, block_q, block_k))
+
     @property
     def nbytes(self) -> int:
-        """All that this table may come to hold: positions are made when somebody asks for them."""
-        positions = 8 * (len(self._plan.q_positions) + self._plan.keys.tokens(self._shard))
-        return self.begin.nbytes + self.end.nbytes + positions + 1024  # an object costs something beside its tensors
+        """What the device holds; the host keeps no more than that."""
+        return 1024 + sum(made.nbytes for made in self._made.values())  # an object costs something beside its tensors
+
+    def _once(self, name: object, make: Callable[[], list[np.ndarray]]) -> _Copied:
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = _Copied(make(), self._device)
+            return self._made[name]
+
+    def _positions(self) -> list[np.ndarray]:
+        first, past = self._plan.q_offset, self._plan.q_offset + self._plan.queries.length
+        if first < -(1 << 31) or max(past, self._plan.keys.length) > 1 << 31:
+            raise ValueError(
+                f"positions from {first} to {past - 1} under ALiBi or dropout; they need to fit into 32 bits: use a "
+                "smaller q_offset"
+            )
+        return [self._plan.q_positions, *map(self._plan.keys.positions, self.shards)]
+
+    def _blocks(self, ranges: Callable[..., np.ndarray], block_q: int, block_k: int) -> list[np.ndarray]:
+        pairs = zip(self.rows.host[::2], self.rows.host[1::2], strict=True)
+        return [
+            np.stack([ranges(*row, self._plan.keys.tokens(shard), block_q, block_k) for row in zip(*pair, strict=True)])
+            for shard, pair in zip(self.shards, pairs, strict=True)
+        ]
+
+
+class _Copied:
+    """Arrays that became int32 tensors on a device: views of one buffer, copied at once while the host goes on.
+
+    A stream that asks for them waits for the copy, if another stream has posted it.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray], device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        edges = np.cumsum([0, *(-(-x.size // _ALIGNMENT) * _ALIGNMENT for x in arrays)]).tolist()
+        source = torch.empty(edges[-1], dtype=torch.int32, device="cpu", pin_memory=on_cuda)
+        self.host = [source.numpy()[at : at + x.size].reshape(x.shape) for at, x in zip(edges, arrays, strict=False)]
+        for inside, array in zip(self.host, arrays, strict=True):
+            inside[...] = array
+        self._buffer = source.to(device, non_blocking=True)
+        self._views = [self._buffer[at : at + x.size].view(x.shape) for at, x in zip(edges, arrays, strict=False)]
+        self._posted = None
+        if on_cuda:
+            stream = torch.cuda.current_stream(device)
+            self._posted = stream, stream.record_event()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        if self._posted is not None:
+            mine, (theirs, arrival) = torch.cuda.current_stream(self._buffer.device), self._posted
+            if mine != theirs and not torch.cuda.is_current_stream_capturing():
+                mine.wait_event(arrival)
+                self._buffer.record_stream(mine)
+        return self._views
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
 
 
 class _Cache:
-    """The tables that were used last, up to a number of bytes."""
+    """The tables that were used last, up to a number of bytes and of shardings."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._bytes, self._lock = most, 0, threading.Lock()
-        self._tables: OrderedDict[tuple[Plan, int, torch.device], Intervals] = OrderedDict()
+    def __init__(self, most: int, shardings: int = _SHARDINGS_KEPT) -> None:
+        self._most, self._shardings, self._lock = most, shardings, threading.Lock()
+        self._kept: OrderedDict[tuple[Plan, torch.device], tuple[_Visits, dict[int, Intervals]]] = OrderedDict()
 
     def get(self, plan: Plan, shard: int, device: torch.device) -> Intervals:
-        key = (plan, shard, device)
+        key = (plan, device)
         with self._lock:
-            found = self._tables.pop(key, None)
-            if found is None:
-                found = Intervals(plan, shard, device)
-                self._bytes += found.nbytes
-                while self._tables and self._bytes > self._most:
-                    self._bytes -= self._tables.popitem(last=False)[1].nbytes
-            self._tables[key] = found  # the newest stands last
-            return found
+            if key in self._kept:
+                self._kept.move_to_end(key)  # the newest stands last
+            else:
+                visits = _Visits(plan, [visit.shard for visit in plan.legs.visits], device)
+                self._kept[key] = visits, {shard: Intervals(plan, shard, device, visits) for shard in visits.shards}
+                while len(self._kept) > 1 and not self._fits():
+                    self._kept.popitem(last=False)
+            return self._kept[key][1].get(shard) or Intervals(plan, shard, device)
+
+    def _fits(self) -> bool:
+        shardings = {(p.queries, p.keys, p.mask, p.route, p.q_offset) for p, _ in self._kept}
+        return len(shardings) <= self._shardings and self.nbytes <= self._most
+
+    @property
+    def nbytes(self) -> int:
+        return sum(visits.nbytes for visits, _ in self._kept.values())
 
 
 intervals_of = _Cache(_BYTES_KEPT).get
 """``intervals_of(plan, shard, device)``: the table of a visit, kept for the next layer and the next step."""
+
+
+def query_blocks(begin: np.ndarray, end: np.ndarray, keys: int, block_q: int, block_k: int) -> np.ndarray:
+    """``Intervals.query_blocks`` of one batch row, int32 ``[blocks, 4]``.
+
+    >>> query_blocks(np.zeros(6, int), np.arange(1, 7), 6, 2, 2).tolist()  # causal: the diagonal is partly visible
+    [[0, 1, 1, 1], [0, 0, 1, 2], [0, 0, 2, 3]]
+    """
+    edges = np.minimum(np.arange(0, len(begin) + block_q, block_q), len(begin))
+    seeing = np.flatnonzero(begin < end)
+    before = np.searchsorted(seeing, edges)
+    some = before[:-1] < before[1:]
+    all_see = (np.diff(before) == np.diff(edges))[some]
+    first, last = seeing[before[:-1][some]], seeing[before[1:][some] - 1]
+    table = np.zeros((len(some), 4), dtype=np.int32)
+    full = np.where(all_see, -(-begin[last] // block_k), 0), np.where(all_see, end[first] // block_k, 0)
+    table[some] = _ranges(begin[first] // block_k, *full, -(-end[last] // block_k))
+    return table
+
+
+def key_blocks(begin: np.ndarray, end: np.ndarray, keys: int, block_q: int, block_k: int) -> np.ndarray:
+    """``Intervals.key_blocks`` of one batch row, int32 ``[blocks, 4]``.
+
+    >>> key_blocks(np.zeros(6, int), np.arange(1, 7), 6, 2, 2).tolist()
+    [[0, 1, 3, 3], [1, 2, 3, 3], [2, 3, 3, 3]]
+    """
+    low = np.arange(0, keys, block_k, dtype=begin.dtype)
+    high = low + block_k
+    seeing = np.flatnonzero(begin < end)
+    first, past = np.searchsorted(end[seeing], low, side="right"), np.searchsorted(begin[seeing], high)
+    some = first < past
+    full_first, full_past = np.searchsorted(end, high)[some], np.searchsorted(begin, low, side="right")[some]
+    full_end = np.where(full_past == len(begin), -(-full_past // block_q), full_past // block_q)
+    table = np.zeros((len(low), 4), dtype=np.int32)
+    table[some] = _ranges(
+        seeing[first[some]] // block_q,
+        -(-full_first // block_q),
+        full_end,
+        seeing[past[some] - 1] // block_q + 1,
+    )
+    return table
+
+
+def _ranges(start: np.ndarray, full_start: np.ndarray, full_end: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The four numbers side by side; where nothing is full, both in the middle are ``end``."""
+    full = full_start < full_end
+    return np.stack([start, np.where(full, full_start, end), np.where(full, full_end, end), end], axis=1)
 
 
 def tiles(begin: np.ndarray, end: np.ndarray) -> list[Tile]:

@@ -60,14 +60,27 @@ class Layout:
     def below(self, rank: int, positions: np.ndarray) -> np.ndarray:
         """How many of ``rank``'s positions lie below each of ``positions``: the local index where a key would go.
 
-        Closed form, so a run costs the same whether it holds ten positions or a million.
+        Closed form: between the ends of a run the answer climbs with the position, elsewhere it is constant. In ascending
+        order each stretch is written once, whatever the number of runs.
 
         >>> zigzag(12, 2).below(0, np.array([0, 2, 5, 11, 40]))
         array([0, 2, 3, 5, 6])
         """
-        index = np.zeros_like(positions)
-        for run in self.runs[rank]:
-            index += np.clip(-((run.start - positions) // run.step), 0, len(run))
+        index = np.empty_like(positions)
+        if (positions[1:] < positions[:-1]).any():
+            order = np.argsort(positions)
+            index[order] = self.below(rank, positions[order])
+            return index
+        ends = np.array([end for run in self.runs[rank] for end in (run.start, run[-1])], dtype=positions.dtype)
+        edges = np.searchsorted(positions, ends, side="right").tolist()
+        at = held = 0
+        for run, first, last in zip(self.runs[rank], edges[::2], edges[1::2], strict=True):
+            index[at:first] = held
+            if first < last:
+                steps = positions[first:last] - (run.start + 1)
+                index[first:last] = (steps if run.step == 1 else steps // run.step) + (held + 1)
+            held, at = held + len(run), last
+        index[at:] = held
         return index
 
     def check(self) -> None:

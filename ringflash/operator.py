@@ -18,7 +18,8 @@ from torch import Tensor
 from ringflash.backend import select
 from ringflash.circulate import Freight, circulate
 from ringflash.intervals import intervals_of
-from ringflash.partial import absorb, accumulation_dtype, nothing, sink
+from ringflash.partial import Partial, accumulation_dtype, owned
+from ringflash.plan import Plan
 from ringflash.recipe import recipes
 from ringflash.reference import Scoring
 
@@ -36,20 +37,23 @@ def attend(
     softcap: float,
     dropout_p: float,
     backend: str,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     plan, wire = recipes[handle].bind(q.shape[1], k.shape[1])
     scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
     engine = select(backend, q, v, scoring)
-    batch, tokens, heads, _ = q.shape
-    total = nothing(batch, tokens, heads, v.shape[3], accumulation_dtype(q.dtype), q.device)
-    if sinks is not None:
-        absorb(total, sink(sinks.to(total.lse.dtype)))
+    dtype = accumulation_dtype(q.dtype)
+    total = None if sinks is None else _sink(sinks, q, v)
+    last = _last_visit(plan)
 
     def visit(shard: int, tensors: tuple[Tensor, ...]) -> None:
-        engine.attend(q, *tensors, intervals_of(plan, shard, q.device), scoring, total)
+        nonlocal total
+        kept = q.dtype if shard == last else dtype
+        total = engine.attend(q, *tensors, intervals_of(plan, shard, q.device), scoring, total, kept)
 
     circulate(plan, wire, (k, v), visit)
-    return total.out.to(q.dtype), total.lse
+    out, lse = owned(total, q, v)
+    return out.to(q.dtype), lse
 
 
 @torch.library.custom_op("ringflash::attend_backward", mutates_args=())
@@ -69,33 +73,55 @@ def attend_backward(
     softcap: float,
     dropout_p: float,
     backend: str,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan, wire = recipes[handle].bind(q.shape[1], k.shape[1])
     scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
     engine = select(backend, q, v, scoring)
     dtype = lse.dtype
-    delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1).transpose(1, 2) - dlse
-    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    delta = engine.delta(dout, out, dlse)
+    dq: Tensor | None = None
+    last = _last_visit(plan)
+    travelling = k.dtype if plan.ranks == 1 else dtype
 
     def visit(shard: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        intervals = intervals_of(plan, shard, q.device)
-        return engine.attend_backward(dout, q, *tensors, lse, delta, intervals, scoring, dq)
+        nonlocal dq
+        dtypes = (q.dtype if shard == last else dtype, travelling)
+        table = intervals_of(plan, shard, q.device)
+        dq, *share = engine.attend_backward(dout, q, *tensors, lse, delta, table, scoring, dq, dtypes, deterministic)
+        return tuple(share)
 
     dk, dv = circulate(plan, wire, (k, v), visit, home=Freight.like((k, v), dtype)) or ()
+    dq = torch.zeros_like(q) if dq is None else dq
     dsinks = q.new_zeros(0)
     if sinks is not None:  # the sink's value is 0, so its ds is -p delta
         share = torch.exp(sinks.to(dtype)[:, None] - torch.where(lse == -torch.inf, 0.0, lse))
         dsinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
-    # what leaves an operator must not be a view of a buffer: a parcel holds both gradients
-    return dq.to(q.dtype), _own(dk, k.dtype), _own(dv, v.dtype), dsinks
+    return dq, _own(dk, k.dtype), _own(dv, v.dtype), dsinks
+
+
+def _last_visit(plan: Plan) -> int | None:
+    """The shard that this rank computes with last: results in their final dtype come from there."""
+    return next((shard for step in reversed(plan.steps) for shard in step.visits), None)
+
+
+def _sink(logits: Tensor, q: Tensor, v: Tensor) -> Partial:
+    """Every query of this rank has seen the sinks ``[h]``: one row, broadcast."""
+    batch, tokens, heads, _ = q.shape
+    lse = logits.to(accumulation_dtype(q.dtype))
+    out = lse.new_zeros(v.shape[3]).expand(batch, tokens, heads, v.shape[3])
+    return Partial(out, lse[None, :, None].expand(batch, heads, tokens))
 
 
 def _own(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """What leaves an operator must not be a view of a buffer, and a parcel holds both gradients."""
+    if gradient.numel() and gradient.dtype == dtype and gradient.untyped_storage().nbytes() == gradient.nbytes:
+        return gradient
     return torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
 
 
 @attend.register_fake
-def _(q, k, v, handle, sinks, alibi_slopes, seed, scale, softcap, dropout_p, backend):  # type: ignore[no-untyped-def]
+def _(q, k, v, handle, sinks, alibi_slopes, seed, scale, softcap, dropout_p, backend, *_):  # type: ignore[no-untyped-def]
     batch, tokens, heads, _ = q.shape
     lse = q.new_empty(batch, heads, tokens, dtype=accumulation_dtype(q.dtype))
     return q.new_empty(batch, tokens, heads, v.shape[3]), lse
@@ -119,7 +145,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     *saved, sinks, alibi_slopes, seed = ctx.saved_tensors
     dq, dk, dv, dsinks = attend_backward(dout, dlse, *saved, sinks, alibi_slopes, seed, *ctx.options)
-    return dq, dk, dv, None, None if sinks is None else dsinks, *(None,) * 6
+    return dq, dk, dv, None, None if sinks is None else dsinks, *(None,) * 7
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:

@@ -41,6 +41,14 @@ def nothing(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dty
     return Partial(out, torch.full((batch, heads, tokens), -torch.inf, dtype=dtype, device=device))
 
 
+def owned(carry: Partial | None, q: Tensor, v: Tensor) -> Partial:
+    """What attention over more keys may add to in place: ``carry`` in memory of its own, or :func:`nothing`."""
+    if carry is None:
+        batch, tokens, heads, _ = q.shape
+        return nothing(batch, tokens, heads, v.shape[3], accumulation_dtype(q.dtype), q.device)
+    return Partial(*(x.contiguous() for x in carry))  # a sink is one row, broadcast
+
+
 def sink(logits: Tensor) -> Partial:
     """An attention sink: one imaginary key per head with this logit and the value zero. ``logits [h]``.
 

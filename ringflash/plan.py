@@ -12,7 +12,7 @@ numbers per query row are all that a kernel ever learns of masks and layouts.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
@@ -90,10 +90,16 @@ class Plan:
 
         ``rows`` is 1, or the batch size if batch rows hold different documents. ``begin <= end``, both non-decreasing.
         """
+        return next(self.tables((shard,)))
+
+    def tables(self, shards: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The ``intervals`` of several shards, one after the other; the mask is asked once for all of them."""
+        furthest = self.keys.length
         bounds = [self.mask.bounds(self.q_positions, row) for row in range(self.mask.rows)]
-        begin = np.stack([self.keys.below(shard, lo) for lo, _ in bounds]).astype(np.int32)
-        end = np.stack([self.keys.below(shard, hi) for _, hi in bounds]).astype(np.int32)
-        return begin, end
+        clipped = [[x.clip(0, furthest).astype(np.int32) for x in side] for side in zip(*bounds, strict=True)]
+        for shard in shards:
+            begin, end = (np.stack([self.keys.below(shard, x) for x in side]) for side in clipped)
+            yield begin, end
 
     def cells(self, shard: int) -> int:
         """Number of (query, key) pairs that this rank computes against ``shard``, over the batch rows of the mask."""

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ringflash.intervals import Intervals
-from ringflash.partial import Partial, absorb
+from ringflash.partial import Partial, absorb, owned
 
 _CELLS_AT_ONCE = 1 << 22  # scores of one block: 16 MiB in float32
 
@@ -47,13 +47,21 @@ class _Block(NamedTuple):
     seen: Tensor  # bool [b or 1, 1, 1, rows, columns]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scoring: Scoring, carry: Partial) -> None:
-    """Add attention over these keys to ``carry``, in place.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals,
+    scoring: Scoring,
+    carry: Partial | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Partial:
+    """Attention over these keys, added to ``carry`` (which is consumed), with out in ``dtype``.
 
-    ``q [b, s_q, h, d]``, ``k [b, s_k, h_kv, d]``, ``v [b, s_k, h_kv, d_v]``; ``intervals``
-    say which keys each query sees.
+    ``q [b, s_q, h, d]``, ``k [b, s_k, h_kv, d]``, ``v [b, s_k, h_kv, d_v]``; ``intervals`` say which keys each query sees.
     """
-    q, k, v = (x.to(carry.out.dtype) for x in (q, k, v))
+    found = owned(carry, q, v)
+    q, k, v = (x.to(found.out.dtype) for x in (q, k, v))
     heads = (k.shape[2], q.shape[2] // max(1, k.shape[2]))
     for block in _blocks(q, intervals):
         scores, _ = _scores(q, k, block, intervals, scoring, heads)
@@ -67,7 +75,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scoring: Scori
         out = torch.einsum("bngqk,bknd->bqngd", weights, v[:, block.columns])
         out = out / torch.where(total == 0, 1.0, total).permute(0, 3, 1, 2)[..., None]
         part = Partial(rearrange(out, "b q n g d -> b q (n g) d"), rearrange(lse, "b n g q -> b (n g) q"))
-        absorb(Partial(carry.out[:, block.rows], carry.lse[:, :, block.rows]), part)
+        absorb(Partial(found.out[:, block.rows], found.lse[:, :, block.rows]), part)
+    return Partial(found.out.to(dtype), found.lse)
 
 
 def attend_backward(
@@ -79,12 +88,15 @@ def attend_backward(
     delta: Tensor,
     intervals: Intervals,
     scoring: Scoring,
-    dq: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients through these keys: adds to ``dq`` in place, returns ``dk`` and ``dv``, all in the dtype of ``dq``.
+    carry: Tensor | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients through these keys: dq with ``carry`` added (which is consumed), dk and dv; in ``dtypes``, of dq and of dk, dv.
 
-    ``lse`` and ``delta`` ``[b, h, s_q]`` are those of the whole rows, over all keys of all ranks.
+    ``lse`` and ``delta`` ``[b, h, s_q]`` are those of the whole rows, over all keys of all ranks. Always deterministic.
     """
+    dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if carry is None else carry
     q, k, v, dout = (x.to(dq.dtype) for x in (q, k, v, dout))
     heads = (k.shape[2], q.shape[2] // max(1, k.shape[2]))
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
@@ -106,7 +118,12 @@ def attend_backward(
         dq[:, block.rows] += rearrange(
             torch.einsum("bngqk,bknd->bqngd", ds, k[:, block.columns]), "b q n g d -> b q (n g) d"
         )
-    return dk, dv
+    return dq.to(dtypes[0]), dk.to(dtypes[1]), dv.to(dtypes[1])
+
+
+def delta(dout: Tensor, out: Tensor, dlse: Tensor) -> Tensor:
+    """``rowsum(dout * out) - dlse``, ``[b, h, s_q]``: the second term makes lse differentiable."""
+    return (dout.to(dlse.dtype) * out.to(dlse.dtype)).sum(dim=-1).transpose(1, 2) - dlse
 
 
 def keep_mask(seed: int, batch: int, heads: int, queries: Tensor, keys: Tensor, dropout_p: float) -> Tensor:

@@ -303,7 +303,7 @@ def test_the_operator_passes_the_checks_of_torch_library() -> None:
     s = rf.Sharding(9, (0, 1))
     torch.library.opcheck(
         torch.ops.ringflash.attend.default,
-        (q, k, v, s.handle, torch.zeros(4), None, torch.tensor(0), 0.5, 0.0, 0.0, "aten"),
+        (q, k, v, s.handle, torch.zeros(4), None, torch.tensor(0), 0.5, 0.0, 0.0, "aten", False),
     )
 
 

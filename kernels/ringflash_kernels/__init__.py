@@ -1,8 +1,13 @@
-"""Attention on one device, in Triton. This package will hold the kernels; today it answers one question: can they run?
+"""Attention on one device, in Triton: the kernels behind ``backend="triton"``.
 
 A kernel here knows tensors, blocks of them and row intervals: which keys, `[begin, end)`, each query may see. It knows
 nothing of masks, layouts or other ranks, and it never imports ringflash, which imports it. What is distributed stays
 upstairs; what is here can be tested, timed and tuned on one device by itself.
+
+    forward    attention added to a carry             backward    gradients from global lse and delta, one pass or two
+    decode     few queries, keys split                merge       any number of partials into one
+    tiles      what kernels share                     launch      from tensors to kernel arguments
+    config     the reviewed table of tile shapes      interpreter mends Triton's, for tests without a GPU
 
 Nothing is imported until somebody asks. Triton has no macOS wheel, and looking for CUDA costs seconds on some machines,
 so `import ringflash_kernels` needs neither.
@@ -15,16 +20,18 @@ import importlib
 __all__ = ["available", "why_not"]
 
 
-def available() -> bool:
+def available(device: str = "cuda") -> bool:
     """True if Triton kernels can run here: Triton imports, and PyTorch sees a CUDA device.
+
+    ``device="cpu"`` asks about CPU tensors, which Triton's interpreter serves: see ``ringflash_kernels.interpreter``.
 
     >>> available() == (why_not() == "")
     True
     """
-    return not why_not()
+    return not why_not(device)
 
 
-def why_not() -> str:
+def why_not(device: str = "cuda") -> str:
     """The first thing that keeps Triton kernels from running here, as a sentence; empty if nothing does."""
     try:
         importlib.import_module("triton")
@@ -34,6 +41,9 @@ def why_not() -> str:
         return f"Triton is installed, but it needs {error.name}, which is not"
     except Exception as error:  # a broken installation raises whatever its shared libraries raise
         return f"Triton is installed but does not import: {type(error).__name__}: {error}"
+    if device == "cpu":
+        interpreter = importlib.import_module("ringflash_kernels.interpreter")
+        return "" if interpreter.active() else "on a CPU kernels need Triton's interpreter (TRITON_INTERPRET=1)"
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"

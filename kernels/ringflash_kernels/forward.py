@@ -207,7 +207,7 @@ def attend(
     arch = config.architecture(q.device)
     tiles = config.choose("forward", arch, q.shape[3], width, config.work(q.dtype, launch.has_options(scoring)))
     descriptors = launch.copy_engine(arch) and launch.describable(k, v)
-    out, lse = carry or (None, None)
+    out, lse = (None, None) if carry is None else (launch.ready(carry[0]), carry[1])
     into = out
     if into is None or into.dtype != dtype or not into.is_contiguous():
         into = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device)

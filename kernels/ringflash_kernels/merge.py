@@ -83,7 +83,7 @@ def merge(
     count, batch, queries, heads, width = outs.shape
     out = torch.empty(batch, queries, heads, width, dtype=dtype, device=outs.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=outs.device)
-    first, first_lse = carry or (None, None)
+    first, first_lse = (None, None) if carry is None else (launch.ready(carry[0]), carry[1])
     rows = 16
     if out.numel():
         _merge[(triton.cdiv(queries, rows) * batch * heads,)](
