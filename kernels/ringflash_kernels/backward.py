@@ -419,7 +419,7 @@ class _Call(NamedTuple):
         return config.choose(direction, arch, self.q.shape[3], self.v.shape[3], kind)
 
     def descriptors(self, *read: Tensor) -> bool:
-        return launch.copy_engine(config.architecture(self.q.device)) and launch.describable(*read)
+        return launch.describable(config.architecture(self.q.device), *read)
 
     def arguments(self) -> dict[str, Any]:
         """ds is rounded to the input dtype before its last products, and there it holds the scale already: one multiplication

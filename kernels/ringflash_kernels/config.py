@@ -35,14 +35,48 @@ class Config:
 
 Rows = tuple[tuple[int, Config], ...]  # (largest padded head dim, what to run), ascending
 
+# What the compiler reports for each row is in tests/kernels/compiled.json; no row has been timed on a GPU yet.
 TABLE: dict[tuple[int, Direction, Work], Rows] = {
-    (90, "forward", "plain"): (
-        (128, Config(128, 128, 8, 2)),
-        (256, Config(128, 64, 8, 2)),
-    ),
-    (90, "forward", "options"): ((64, Config(128, 64, 8, 2)), (256, Config(128, 64, 8, 2))),
-    (90, "forward", "float32"): ((256, Config(64, 32, 8, 2)),),
+    (80, "forward", "plain"): ((64, Config(128, 64, 8, 3)), (128, Config(128, 32, 8, 3)), (256, Config(64, 32, 8, 2))),
+    (80, "forward", "options"): ((256, Config(64, 32, 8, 2)),),
+    (80, "decode", "plain"): ((256, Config(64, 64, 4, 2)),),
+    (80, "backward", "plain"): ((64, Config(32, 128, 8, 2)), (128, Config(32, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
+    (80, "backward", "options"): ((128, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
+    (80, "dkdv", "plain"): ((64, Config(32, 128, 8, 2)), (128, Config(32, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
+    (80, "dkdv", "options"): ((128, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
+    (80, "dq", "plain"): ((128, Config(128, 32, 8, 2)), (256, Config(64, 32, 8, 1))),
+    (80, "dq", "options"): ((128, Config(64, 32, 8, 2)), (256, Config(64, 32, 8, 1))),
+    (90, "forward", "plain"): ((128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))),
+    (90, "forward", "options"): ((256, Config(128, 64, 8, 2)),),
+    (90, "decode", "plain"): ((128, Config(64, 64, 4, 3)), (256, Config(64, 64, 4, 2))),
+    (90, "backward", "plain"): ((128, Config(64, 128, 8, 2)), (192, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
+    (90, "backward", "options"): ((64, Config(64, 64, 8, 2)), (128, Config(32, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
+    (90, "dkdv", "plain"): ((128, Config(64, 128, 8, 2)), (192, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
+    (90, "dkdv", "options"): ((64, Config(64, 64, 8, 2)), (128, Config(32, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
+    (90, "dq", "plain"): ((64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 2)), (256, Config(64, 32, 8, 1))),
+    (90, "dq", "options"): ((128, Config(64, 64, 8, 2)), (256, Config(64, 32, 8, 1))),
+    # Blackwell: dk and dv of 128 keys by 128 overflow tensor memory, and what is compiled then is an empty kernel
+    (100, "forward", "plain"): ((128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))),
+    (100, "forward", "options"): ((256, Config(128, 64, 8, 2)),),
+    (100, "decode", "plain"): ((128, Config(64, 64, 4, 3)), (256, Config(64, 64, 4, 2))),
+    (100, "backward", "plain"): ((64, Config(64, 128, 8, 2)), (128, Config(64, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
+    (100, "backward", "options"): ((128, Config(64, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
+    (100, "dkdv", "plain"): ((64, Config(64, 128, 8, 2)), (128, Config(64, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
+    (100, "dkdv", "options"): ((128, Config(64, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
+    (100, "dq", "plain"): ((128, Config(128, 64, 8, 2)), (256, Config(64, 32, 8, 1))),
+    (100, "dq", "options"): ((128, Config(64, 64, 8, 2)), (256, Config(64, 32, 8, 1))),
 }
+_FLOAT32: dict[Direction, Rows] = {  # one way for all: true float32 does not run on the matrix units
+    "forward": ((64, Config(64, 32, 8, 2)), (256, Config(32, 16, 8, 2))),
+    "decode": ((256, Config(16, 32, 4, 1)),),
+    "backward": ((128, Config(32, 32, 8, 1)), (256, Config(16, 16, 8, 1))),
+    "dkdv": ((128, Config(32, 32, 8, 1)), (256, Config(16, 16, 8, 1))),
+    "dq": ((256, Config(32, 16, 8, 1)),),
+}
+for _arch in (80, 90, 100):
+    TABLE |= {(_arch, _direction, "float32"): _rows for _direction, _rows in _FLOAT32.items()}
+    TABLE[_arch, "decode", "options"] = TABLE[_arch, "decode", "plain"]
+
 SMALL = Config(64, 32, 4, 2)  # fits where shared memory is 99 KiB
 INTERPRETED = Config(32, 32, 4, 1)  # many seams in few rows
 

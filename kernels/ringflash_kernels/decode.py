@@ -138,7 +138,7 @@ def attend(
     splits = max(1, min(2 * _processors(q.device) // (batch * key_heads), keys // (2 * tiles.block_k)))
     outs = torch.empty(splits, batch, queries, heads, v.shape[3], dtype=torch.float32, device=q.device)
     lses = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=q.device)
-    descriptors = launch.copy_engine(config.architecture(q.device)) and launch.describable(k, v)
+    descriptors = launch.describable(config.architecture(q.device), k, v)
     _stretch[(splits * key_heads * batch,)](
         q,
         *launch.loads(k, tiles.block_k, config.parts(k.shape[3]), descriptors),

@@ -206,7 +206,7 @@ def attend(
     batch, queries, heads, width = *q.shape[:3], v.shape[3]
     arch = config.architecture(q.device)
     tiles = config.choose("forward", arch, q.shape[3], width, config.work(q.dtype, launch.has_options(scoring)))
-    descriptors = launch.copy_engine(arch) and launch.describable(k, v)
+    descriptors = launch.describable(arch, k, v)
     out, lse = (None, None) if carry is None else (launch.ready(carry[0]), carry[1])
     into = out
     if into is None or into.dtype != dtype or not into.is_contiguous():

@@ -94,14 +94,13 @@ def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, rows, 1, columns])
 
 
-def copy_engine(arch: int) -> bool:
-    """Does this architecture have tensor-memory copies? Hopper and later; the interpreter plays along."""
-    return arch == 0 or arch >= 90
+def describable(arch: int, *tensors: Tensor) -> bool:
+    """Can the copy engine (Hopper and later; the interpreter plays along) address all of these?
 
-
-def describable(*tensors: Tensor) -> bool:
-    """Can the copy engine address all of these? It wants 16-byte steps from a 16-byte boundary, and something to read."""
-    return all(
+    It wants 16-byte steps from a 16-byte boundary, and something to read. What it brings lies in shared memory, from where
+    only matrix units multiply: true float32 goes through pointers.
+    """
+    return (arch == 0 or (arch >= 90 and tensors[0].element_size() == 2)) and all(
         x.numel() > 0
         and x.data_ptr() % 16 == 0
         and all(
