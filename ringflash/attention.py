@@ -104,6 +104,10 @@ def flash_attention(
 
     Raises ``ValueError`` or ``TypeError`` for arguments that do not fit. Differentiable once.
 
+    ``torch.compile(fullgraph=True)`` captures it as one step. Lengths, ``q_offset``, ``seed`` and masks may change from
+    call to call; each ``scale``, ``softcap`` and ``dropout_p`` is a graph of its own. So is each mask written *inside* the
+    compiled function: build masks that change outside, and pass them in or keep them as an attribute of a module.
+
     >>> q = k = v = torch.ones(1, 4, 2, 8)
     >>> out, lse = flash_attention(q, k, v, mask=causal, return_lse=True)
     >>> out.shape, lse.shape
@@ -120,8 +124,13 @@ def flash_attention(
         )
     if mask.length is not None and mask.length != k.shape[1]:
         raise ValueError(f"flash_attention: the documents of mask cover {mask.length} positions, key has {k.shape[1]}")
-    offset = operator.index(0 if q_offset is None else q_offset)
-    return _run(q, k, v, _one_device(mask, offset).handle, options, return_lse)
+    # in a captured graph an int may stand for any integer, and index() would pin it to one
+    offset = q_offset if isinstance(q_offset, int) else operator.index(q_offset or 0)
+    if torch.compiler.is_compiling():
+        handle = _find_one_device(torch.from_numpy(mask.table), offset)
+    else:
+        handle = _one_device(mask, offset).handle
+    return _run(q, k, v, handle, options, return_lse)
 
 
 @overload
@@ -186,16 +195,17 @@ def ring_attention(
         raise TypeError(
             f"ring_attention: the fourth argument is a {type(s).__name__}; it is the rf.Sharding of q and k"
         )
-    s = s if mask is None else s.with_mask(mask)
+    if not (mask is None or isinstance(mask, Mask)):
+        raise TypeError(f"ring_attention: mask is {mask!r}; a mask is a value such as rf.causal & rf.window(4095, 0)")
     options = _Given("ring_attention", scale, softcap, alibi_slopes, sinks, dropout_p, seed, backend, deterministic)
-    _check_tensors("ring_attention", q, k, v, s.rows)
+    _check_tensors("ring_attention", q, k, v, s.rows if mask is None else mask.rows)
     for name, tensor, held, whole in (("query", q, s.local_length, s.length), ("key", k, s.local_keys, s.keys)):
         if tensor.shape[1] != held:
             raise ValueError(
                 f"ring_attention: {name} has {tensor.shape[1]} positions; rank {s.rank} of {s.ranks} holds "
                 f"{held} of {whole} in the {s.layout} layout: use s.shard(x, dim=1)"
             )
-    return _run(q, k, v, s.handle, options, return_lse)
+    return _run(q, k, v, s.handle if mask is None else s.handle_under(mask), options, return_lse)
 
 
 class _OneDevice:
@@ -211,6 +221,17 @@ class _OneDevice:
 
 
 _one_device = lru_cache(maxsize=256)(_OneDevice)
+
+
+@torch.library.custom_op("ringflash::find_one_device", mutates_args=())
+def _find_one_device(table: Tensor, q_offset: int) -> Tensor:
+    """The handle of a mask on one device, found when a captured graph runs: another mask is another input of it."""
+    return _one_device(Mask.read(table.numpy(force=True)), q_offset).handle.clone()
+
+
+@_find_one_device.register_fake
+def _(table: Tensor, q_offset: int) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -229,9 +250,9 @@ class _Given:
 
     def check(self, q: Tensor) -> None:
         caller, (batch, _, heads, _) = self.caller, q.shape
-        if self.scale is not None and not math.isfinite(self.scale):
+        if self.scale is not None and not abs(self.scale) < math.inf:
             raise ValueError(f"{caller}: scale is {self.scale}; a finite number is needed")
-        if not (math.isfinite(self.softcap) and self.softcap >= 0):
+        if not 0 <= self.softcap < math.inf:
             raise ValueError(f"{caller}: softcap is {self.softcap}; a finite number is needed, 0 for none")
         if not 0 <= self.dropout_p < 1:
             raise ValueError(f"{caller}: dropout_p is {self.dropout_p}; a probability below 1 is needed")
@@ -297,16 +318,19 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, handle: Tensor, options: _Given, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     options.check(q)
-    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
-        raise RuntimeError(f"{options.caller}: forward-mode derivatives (jvp) are not implemented; use backward")
     scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
     scoring = Scoring(scale, options.softcap, options.alibi_slopes, options.dropout_p)
-    try:
-        backend = select(options.backend, q, v, scoring).name
-    except ValueError as error:
-        raise ValueError(f"{options.caller}: {error}") from None
+    backend = options.backend
+    if not torch.compiler.is_compiling():  # the operator chooses again, and for a captured graph alone
+        if any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+            raise RuntimeError(f"{options.caller}: forward-mode derivatives (jvp) are not implemented; use backward")
+        try:
+            backend = select(options.backend, q, v, scoring).name
+        except ValueError as error:
+            raise ValueError(f"{options.caller}: {error}") from None
+        handle = torch.ops.aten.lift_fresh.default(handle)  # itself; where all tensors are fake, a fake one
     seed = (
-        torch.tensor(0 if options.seed is None else options.seed)
+        torch.tensor(0 if options.seed is None else options.seed, device="cpu")
         if not isinstance(options.seed, Tensor)
         else options.seed
     )

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -53,14 +54,23 @@ class Mask:
     chunks: tuple[int, ...] = ()
     documents: tuple[tuple[int, ...], ...] = ()
 
+    # plain numbers and an array: what a captured graph reads of a mask
+    rows: int = field(init=False, compare=False)
+    """Number of batch rows that this mask tells apart; 1 if all rows share it."""
+    length: int | None = field(init=False, compare=False)
+    """Number of positions that the packed documents cover; None without documents, when any length fits."""
+    table: np.ndarray = field(init=False, compare=False)
+    """All terms as one row of int64, from which :meth:`read` makes the mask again."""
+
     def __post_init__(self) -> None:
         canonical = _canonical(self.left, self.right, self.prefix, self.chunks, self.documents)
-        for field, value in zip(fields(self), canonical, strict=True):
-            object.__setattr__(self, field.name, value)
-        object.__setattr__(self, "_hash", hash(canonical))  # documents may be thousands of offsets, hashed once
+        documents = canonical[-1]
+        derived = (max(1, len(documents)), documents[0][-1] if documents else None, _write(*canonical))
+        for known, value in zip(fields(self), canonical + derived, strict=True):
+            object.__setattr__(self, known.name, value)
 
     def __hash__(self) -> int:
-        return int(self._hash)  # type: ignore[attr-defined]
+        return self._hash
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
@@ -73,15 +83,21 @@ class Mask:
             documents=_join_documents(self.documents, other.documents),
         )
 
-    @property
-    def rows(self) -> int:
-        """Number of batch rows that this mask tells apart; 1 if all rows share it."""
-        return max(1, len(self.documents))
+    @cached_property
+    def _hash(self) -> int:  # documents may be thousands of offsets, hashed once
+        return hash((self.left, self.right, self.prefix, self.chunks, self.documents))
 
-    @property
-    def length(self) -> int | None:
-        """Number of positions that the packed documents cover; None without documents, when any length fits."""
-        return self.documents[0][-1] if self.documents else None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mask, (self.left, self.right, self.prefix, self.chunks, self.documents)  # a hash is of one process
+
+    @staticmethod
+    def read(table: np.ndarray) -> Mask:
+        """The mask that wrote ``table``.
+
+        >>> Mask.read((causal & documents([0, 5, 8])).table)
+        causal & documents((0, 5, 8))
+        """
+        return _read(table.tobytes())
 
     def bounds(self, positions: np.ndarray, row: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """``lo`` and ``hi`` of the queries at ``positions`` (int64, any order) in batch row ``row``.
@@ -179,7 +195,7 @@ def documents(cu_seqlens: Any) -> Mask:
             "made on the host. Keep the list that the loader packed, or copy once per batch with cu_seqlens.tolist()"
         )
     table = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else list(cu_seqlens)
-    nested = bool(table) and isinstance(table[0], Iterable)
+    nested = len(table) > 0 and isinstance(table[0], Iterable)
     rows = [tuple(_integer(x, "documents: cu_seqlens") for x in row) for row in (table if nested else [table])]
     for row in rows:
         if len(row) < 2 or row[0] != 0:
@@ -237,9 +253,31 @@ def _canonical(
     return left, right, prefix, chunks, documents
 
 
+def _write(
+    left: int | None,
+    right: int | None,
+    prefix: int | None,
+    chunks: tuple[int, ...],
+    documents: tuple[tuple[int, ...], ...],
+) -> np.ndarray:
+    limits = (-1 if n is None else min(n, FAR) for n in (left, right, prefix))
+    return np.array([*limits, len(chunks), *chunks, *chain.from_iterable(documents)], dtype=np.int64)
+
+
+@lru_cache(maxsize=64)  # every layer of a captured graph reads the same one
+def _read(table: bytes) -> Mask:
+    numbers = np.frombuffer(table, dtype=np.int64).tolist()
+    left, right, prefix = (None if n < 0 else n for n in numbers[:3])
+    first = 4 + numbers[3]
+    chunks, offsets = numbers[4:first], numbers[first:]
+    starts = [i for i, offset in enumerate(offsets) if offset == 0]  # a row of documents has its only 0 in front
+    documents = tuple(tuple(offsets[a:b]) for a, b in pairwise([*starts, len(offsets)]))
+    return Mask(left, right, prefix, tuple(chunks), documents)
+
+
 def _longest(documents: tuple[tuple[int, ...], ...], before: int = FAR) -> int:
     """The most positions of one document below ``before``."""
-    return max((min(b, before) - a for row in documents for a, b in pairwise(row)), default=0)
+    return max([0, *(min(b, before) - a for row in documents for a, b in pairwise(row))])
 
 
 def _join_documents(a: tuple[tuple[int, ...], ...], b: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:

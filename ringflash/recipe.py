@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Recipes:
         """A new handle for ``recipe``."""
         number = next(self._numbers)
         self._alive[number] = recipe
-        return torch.tensor(number)
+        return torch.from_dlpack(np.array(number))  # real and on the CPU, even if torch is told to make fake ones
 
     def __getitem__(self, handle: Tensor) -> Recipe:
         number = int(handle)

@@ -132,6 +132,12 @@ class Sharding:
             self._relatives[mask] = other
         return other
 
+    def handle_under(self, mask: Mask) -> Tensor:
+        """The handle of ``with_mask(mask)``. A captured graph finds it when it runs: another mask is another input."""
+        if torch.compiler.is_compiling():
+            return _find_under(self.handle, torch.from_numpy(mask.table))
+        return self.with_mask(mask).handle
+
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of ``x``, whose ``dim`` is the whole sequence. Contiguous; differentiable."""
         if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.length:
@@ -183,6 +189,18 @@ class Sharding:
     @cached_property
     def _relatives(self) -> dict[Mask, Sharding]:
         return {}
+
+
+@torch.library.custom_op("ringflash::find_under", mutates_args=())
+def _find_under(handle: Tensor, table: Tensor) -> Tensor:
+    sharding = recipes[handle]
+    assert isinstance(sharding, Sharding)
+    return sharding.with_mask(Mask.read(table.numpy(force=True))).handle.clone()
+
+
+@_find_under.register_fake
+def _(handle: Tensor, table: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 def _settle_layout(wanted: str | Layout, length: int, keys: int, ranks: int, mask: Mask) -> str | Layout:

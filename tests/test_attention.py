@@ -305,31 +305,3 @@ def test_the_operator_passes_the_checks_of_torch_library() -> None:
         torch.ops.ringflash.attend.default,
         (q, k, v, s.handle, torch.zeros(4), None, torch.tensor(0), 0.5, 0.0, 0.0, "aten", False),
     )
-
-
-def test_a_captured_graph_serves_every_batch_of_documents() -> None:
-    """torch.compile(fullgraph=True) captures the ring as one operator, and twenty different packings compile once."""
-    from torch._dynamo.utils import counters
-
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.sharding: rf.Sharding | None = None
-
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return rf.ring_attention(q * 2.0, k, v, self.sharding) + 1.0
-
-    torch._dynamo.reset()
-    counters.clear()
-    layer = Layer()
-    captured = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    p = problem()
-    for cut in range(1, 21):
-        layer.sharding = rf.Sharding(LENGTH, (0, 1), rf.causal & rf.documents([0, cut, LENGTH]))
-        results = []
-        for run in (captured, layer):
-            leaves = [p[x].clone().requires_grad_() for x in "qkv"]
-            out = run(*leaves)
-            results.append([out.detach(), *torch.autograd.grad(out, leaves, p["dout"])])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert counters["stats"]["unique_graphs"] == 1

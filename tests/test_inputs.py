@@ -41,9 +41,13 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backend": (
         lambda: rf.flash_attention(X, X, X, backend="fast"),
         ValueError,
-        "accepted are 'auto', 'aten', 'reference'",
+        "accepted are 'auto', 'triton', 'aten', 'reference'",
     ),
-    "triton": (lambda: rf.flash_attention(X, X, X, backend="triton"), ValueError, "backend='triton' has no kernels"),
+    "triton": (
+        lambda: rf.flash_attention(X, X, X, backend="triton"),
+        ValueError,
+        "backend='triton' cannot run: on a CPU",
+    ),
     "softcap": (lambda: rf.flash_attention(X, X, X, softcap=2.0, backend="aten"), ValueError, "'aten' has no softcap"),
     "dropout": (
         lambda: rf.flash_attention(X, X, X, dropout_p=0.1, seed=1, backend="aten"),

@@ -363,7 +363,7 @@ def delta(dout: Tensor, out: Tensor, dlse: Tensor) -> Tensor:
     batch, queries, heads, width = out.shape
     found = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
     if found.numel():
-        rows = 16 if out.device.type != "cuda" else 64
+        rows = 64 if config.architecture(out.device) else 16
         _rowsum[(triton.cdiv(queries, rows) * batch * heads,)](
             dout, out, dlse, found, queries, heads, **launch.steps(dout=dout, out=out),
             **{f"dlse_{dim}": dlse.stride(i) for i, dim in enumerate("bhs")},
@@ -388,13 +388,13 @@ def attend_backward(
     """Gradients through these keys: dq with ``carry`` added to it, dk and dv, in the two ``dtypes`` (of dq; of dk and dv).
 
     ``lse`` and ``delta``, float32 ``[b, h, s_q]``, are those of whole rows. ``carry``, a contiguous float32 dq, is consumed.
-    ``deterministic`` runs two passes and gives the same bits every time; otherwise the order in which blocks of keys add to
-    dq is left to the hardware, and dq differs from run to run by rounding. dk and dv never do.
+    ``deterministic`` runs two passes and gives the same bits every time; otherwise, where one pass has a tile, the order in
+    which blocks of keys add to dq is left to the hardware, and dq differs from run to run by rounding. dk and dv never do.
     """
     dout, q, k, v = map(launch.ready, (dout, q, k, v))
     call = _Call(dout, q, k, v, lse.contiguous(), delta.contiguous(), intervals, scoring)
     dk, dv = (torch.empty(x.shape, dtype=dtypes[1], device=x.device) for x in (k, v))
-    if deterministic:
+    if deterministic or not call.one_pass:
         call.key_gradients("dkdv", dk, dv, None)
         return call.query_gradients(carry, dtypes[0]), dk, dv
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if carry is None else carry
@@ -414,9 +414,14 @@ class _Call(NamedTuple):
     intervals: launch.Intervals
     scoring: launch.Scoring
 
-    def tiles(self, direction: config.Direction) -> config.Config:
-        arch, kind = config.architecture(self.q.device), config.work(self.q.dtype, launch.has_options(self.scoring))
-        return config.choose(direction, arch, self.q.shape[3], self.v.shape[3], kind)
+    @property
+    def problem(self) -> tuple[int, int, int, config.Work]:
+        work = config.work(self.q.dtype, launch.has_options(self.scoring))
+        return config.architecture(self.q.device), self.q.shape[3], self.v.shape[3], work
+
+    @property
+    def one_pass(self) -> bool:
+        return config.has_one_pass(*self.problem)
 
     def descriptors(self, *read: Tensor) -> bool:
         return launch.describable(config.architecture(self.q.device), *read)
@@ -437,7 +442,7 @@ class _Call(NamedTuple):
     def key_gradients(self, direction: config.Direction, dk: Tensor, dv: Tensor, dq: Tensor | None) -> None:
         """Writes dk and dv, and adds to dq unless it is None."""
         batch, keys, heads, _ = self.k.shape
-        tiles = self.tiles(direction)
+        tiles = config.choose(direction, *self.problem)
         descriptors = self.descriptors(self.q, self.dout, *(() if dq is None else (dq,)))
         split, value_split = config.halves(self.q.shape[3]), config.halves(self.v.shape[3])
         q0, q1 = launch.loads(self.q, tiles.block_q, split, descriptors)
@@ -461,7 +466,7 @@ class _Call(NamedTuple):
         dq = carry
         if dq is None or dq.dtype != dtype:
             dq = torch.empty(self.q.shape, dtype=dtype, device=self.q.device)
-        tiles = self.tiles("dq")
+        tiles = config.choose("dq", *self.problem)
         descriptors = self.descriptors(self.k, self.v)
         k0, k1 = launch.loads(self.k, tiles.block_k, config.parts(self.k.shape[3]), descriptors)
         v0, v1 = launch.loads(self.v, tiles.block_k, config.parts(self.v.shape[3]), descriptors)

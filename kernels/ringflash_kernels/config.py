@@ -35,7 +35,7 @@ class Config:
 
 Rows = tuple[tuple[int, Config], ...]  # (largest padded head dim, what to run), ascending
 
-# What the compiler reports for each row is in tests/kernels/compiled.json; no row has been timed on a GPU yet.
+# What the compiler makes of each row is in tests/kernels/compiled.json; no row has been timed on a GPU yet.
 TABLE: dict[tuple[int, Direction, Work], Rows] = {
     (80, "forward", "plain"): ((64, Config(128, 64, 8, 3)), (128, Config(128, 32, 8, 3)), (256, Config(64, 32, 8, 2))),
     (80, "forward", "options"): ((256, Config(64, 32, 8, 2)),),
@@ -46,21 +46,26 @@ TABLE: dict[tuple[int, Direction, Work], Rows] = {
     (80, "dkdv", "options"): ((128, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
     (80, "dq", "plain"): ((128, Config(128, 32, 8, 2)), (256, Config(64, 32, 8, 1))),
     (80, "dq", "options"): ((128, Config(64, 32, 8, 2)), (256, Config(64, 32, 8, 1))),
-    (90, "forward", "plain"): ((128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))),
+    (90, "forward", "plain"): (
+        (64, Config(128, 128, 8, 2)),
+        (96, Config(128, 64, 8, 3)),  # two parts of a head dim overlap with the softmax only at 64 keys
+        (128, Config(128, 128, 8, 2)),
+        (256, Config(128, 64, 8, 2)),
+    ),
     (90, "forward", "options"): ((256, Config(128, 64, 8, 2)),),
     (90, "decode", "plain"): ((128, Config(64, 64, 4, 3)), (256, Config(64, 64, 4, 2))),
-    (90, "backward", "plain"): ((128, Config(64, 128, 8, 2)), (192, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
-    (90, "backward", "options"): ((64, Config(64, 64, 8, 2)), (128, Config(32, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
-    (90, "dkdv", "plain"): ((128, Config(64, 128, 8, 2)), (192, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
-    (90, "dkdv", "options"): ((64, Config(64, 64, 8, 2)), (128, Config(32, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
-    (90, "dq", "plain"): ((64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 2)), (256, Config(64, 32, 8, 1))),
-    (90, "dq", "options"): ((128, Config(64, 64, 8, 2)), (256, Config(64, 32, 8, 1))),
+    (90, "backward", "plain"): ((128, Config(64, 128, 8, 2)), (192, Config(64, 64, 8, 2))),
+    (90, "backward", "options"): ((64, Config(64, 64, 8, 2)), (128, Config(32, 64, 8, 2))),
+    (90, "dkdv", "plain"): ((128, Config(64, 128, 8, 2)), (256, Config(64, 64, 8, 2))),
+    (90, "dkdv", "options"): ((64, Config(64, 64, 8, 2)), (128, Config(32, 64, 8, 2)), (256, Config(32, 64, 8, 1))),
+    (90, "dq", "plain"): ((64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 2)), (256, Config(64, 64, 8, 2))),
+    (90, "dq", "options"): ((256, Config(64, 64, 8, 2)),),
     # Blackwell: dk and dv of 128 keys by 128 overflow tensor memory, and what is compiled then is an empty kernel
     (100, "forward", "plain"): ((128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))),
     (100, "forward", "options"): ((256, Config(128, 64, 8, 2)),),
     (100, "decode", "plain"): ((128, Config(64, 64, 4, 3)), (256, Config(64, 64, 4, 2))),
-    (100, "backward", "plain"): ((64, Config(64, 128, 8, 2)), (128, Config(64, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
-    (100, "backward", "options"): ((128, Config(64, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
+    (100, "backward", "plain"): ((64, Config(64, 128, 8, 2)), (128, Config(64, 64, 8, 2))),
+    (100, "backward", "options"): ((128, Config(64, 64, 8, 1)),),
     (100, "dkdv", "plain"): ((64, Config(64, 128, 8, 2)), (128, Config(64, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
     (100, "dkdv", "options"): ((128, Config(64, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
     (100, "dq", "plain"): ((128, Config(128, 64, 8, 2)), (256, Config(64, 32, 8, 1))),
@@ -85,13 +90,22 @@ _overrides: dict[Direction, Config] = {}
 
 def choose(direction: Direction, arch: int, head_dim: int, value_dim: int, work: Work) -> Config:
     """What to run on ``arch`` (80, 90, 100, ...; 0 is the interpreter) for these head dims."""
+    return _find(direction, arch, head_dim, value_dim, work) or SMALL
+
+
+def has_one_pass(arch: int, head_dim: int, value_dim: int, work: Work) -> bool:
+    """Does backward have a tile for one pass? Where registers or tensor memory cannot hold it, there is no row."""
+    return _find("backward", arch, head_dim, value_dim, work) is not None
+
+
+def _find(direction: Direction, arch: int, head_dim: int, value_dim: int, work: Work) -> Config | None:
     if direction in _overrides:
         return _overrides[direction]
     if arch == 0:
         return INTERPRETED
     wide = max(sum(parts(head_dim)), sum(parts(value_dim)))
     rows = TABLE.get((arch, direction, work), ())
-    return next((config for largest, config in rows if wide <= largest), SMALL)
+    return next((config for largest, config in rows if wide <= largest), None)
 
 
 @contextmanager
@@ -119,16 +133,15 @@ def architecture(device: torch.device) -> int:
 
 @lru_cache(maxsize=256)
 def parts(head_dim: int) -> tuple[int, int]:
-    """A head dim as powers of two that cover it, of at least 16, the second 0 if one is enough.
+    """A head dim as powers of two that cover it, of at least 16: one up to 64, two beyond, the second 0 if one is enough.
 
     >>> parts(128), parts(192), parts(80), parts(112), parts(40)
-    ((128, 0), (128, 64), (64, 16), (64, 64), (32, 16))
+    ((128, 0), (128, 64), (64, 16), (64, 64), (64, 0))
     """
-    first = max(16, 1 << (head_dim.bit_length() - 1))
-    if first >= head_dim:
-        return first, 0
-    rest = max(16, 1 << (head_dim - first - 1).bit_length())
-    return (2 * first, 0) if rest == first and first < 64 else (first, rest)
+    if head_dim <= 64:
+        return max(16, 1 << (head_dim - 1).bit_length()), 0
+    first = 1 << (head_dim.bit_length() - 1)
+    return first, 0 if first == head_dim else max(16, 1 << (head_dim - first - 1).bit_length())
 
 
 def halves(head_dim: int) -> tuple[int, int]:
