@@ -92,10 +92,11 @@ def _kernels_missing(device: str) -> str:
 
 
 def _kernel(module: str, name: str) -> Callable[..., Any]:
-    """A function of ``ringflash_kernels``, imported with Triton when it is first called."""
+    """A function of ``ringflash_kernels``, imported with Triton when it is first called, run on the device of its tensors."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f"ringflash_kernels.{module}"), name)(*args, **kwargs)
+    def call(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):  # Triton launches on the current device
+            return getattr(importlib.import_module(f"ringflash_kernels.{module}"), name)(first, *rest)
 
     return call
 
@@ -107,7 +108,7 @@ BACKENDS = {
         "triton",
         lambda *args: Partial(*_forward(*args)),
         _kernel("backward", "attend_backward"),
-        _kernel("backward", "delta"),
+        _kernel("delta", "delta"),
         _triton_lacks,
     ),
     "aten": Backend("aten", aten.attend, aten.attend_backward, reference.delta, _aten_lacks),

@@ -4,10 +4,11 @@ A kernel here knows tensors, blocks of them and row intervals: which keys, `[beg
 nothing of masks, layouts or other ranks, and it never imports ringflash, which imports it. What is distributed stays
 upstairs; what is here can be tested, timed and tuned on one device by itself.
 
-    forward    attention added to a carry             backward    gradients from global lse and delta, one pass or two
-    decode     few queries, keys split                merge       any number of partials into one
-    tiles      what kernels share                     launch      from tensors to kernel arguments
-    config     the reviewed table of tile shapes      interpreter mends Triton's, for tests without a GPU
+    forward    attention added to a carry             backward       gradients, in one pass or two, out of
+    decode     few queries, keys split                key_gradients  dk, dv and perhaps dq
+    merge      any number of partials into one        query_gradients, delta
+    tiles      what kernels share                     launch         from tensors to kernel arguments
+    config     the reviewed table of tile shapes      interpreter    mends Triton's, for tests without a GPU
 
 Nothing is imported until somebody asks. Triton has no macOS wheel, and looking for CUDA costs seconds on some machines,
 so `import ringflash_kernels` needs neither.

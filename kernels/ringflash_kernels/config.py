@@ -154,12 +154,13 @@ def work(dtype: torch.dtype, options: bool) -> Work:
     return "float32" if dtype == torch.float32 else "options" if options else "plain"
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, head_dim: int) -> str:
     """How float32 tiles are multiplied, by PyTorch's own setting ``torch.set_float32_matmul_precision``.
 
-    ``"highest"`` (its default) is true float32; ``"high"`` and ``"medium"`` are 3xTF32, which the matrix units run and
-    which keeps all but the last two bits or so. Other dtypes have one way.
+    ``"highest"`` (its default) is true float32; ``"high"`` and ``"medium"`` are 3xTF32, which the matrix units run and which
+    keeps all but the last two bits or so. Above head dim 128 that does not fit into registers, and true float32 it is. Other
+    dtypes have one way.
     """
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" or head_dim > 128:
         return "ieee"
     return "tf32x3"

@@ -89,9 +89,13 @@ def loads(x: Tensor, rows: int, split: tuple[int, int], descriptors: bool) -> tu
 
 
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    # a dim of size 1 is never stepped over, and its stride may be anything that is no multiple of 16 bytes
-    steps = [step if size > 1 else 16 for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, rows, 1, columns])
+    """A descriptor of ``[batch, seq, heads, head_dim]`` that brings ``rows`` positions of one head, ``columns`` wide."""
+    steps, extent = [1], -(-x.shape[3] // 16) * 16
+    for size, step in zip(x.shape[2::-1], x.stride()[2::-1], strict=True):
+        # a dim of size 1 is never stepped over, and its stride may be any number: give it one that the engine takes
+        steps.insert(0, step if size > 1 else extent)
+        extent = max(extent, size * steps[0])
+    return TensorDescriptor(x, list(x.shape), steps, [1, rows, 1, columns])
 
 
 def describable(arch: int, *tensors: Tensor) -> bool:
@@ -148,7 +152,7 @@ def shape(q: Tensor, v: Tensor, tiles: Config, split: Split = parts) -> dict[str
         DV1=dv1,
         BLOCK_Q=tiles.block_q,
         BLOCK_K=tiles.block_k,
-        PRECISION=precision(q.dtype),
+        PRECISION=precision(q.dtype, max(q.shape[3], v.shape[3])),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

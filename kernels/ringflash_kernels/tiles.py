@@ -121,3 +121,12 @@ def kept(seed, query_position, key_position, head, batch, threshold):
     zero = key & 0
     word, _, _, _ = tl.philox(seed, key, query, zero + head.to(tl.uint32), zero + batch.to(tl.uint32))
     return word >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def row_statistics(LSE, DELTA, at, row, limit, ds_scale):
+    """lse in log2, +inf for rows that see nothing (their p is 0 then), and delta as ``ds`` wants it."""
+    inside = row < limit
+    lse = tl.load(LSE + at + row, mask=inside, other=float("-inf"))
+    delta = tl.load(DELTA + at + row, mask=inside, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta * ds_scale
