@@ -99,8 +99,9 @@ def flash_attention(
     ``scale`` multiplies q k^T (default ``d ** -0.5``). ``q_offset``: position of the first query if ``s_q != s_k``.
     ``softcap`` bends scores to ``softcap * tanh(score / softcap)``. ``alibi_slopes [h]`` or ``[b, h]`` subtract slope x
     |distance|. ``sinks [h]`` are learnable logits of one more key per head with value 0; lse includes them. ``dropout_p``
-    drops weights by a counter keyed on ``seed``, batch row, head and global positions. ``deterministic`` asks for bitwise
-    repeatable gradients (every backend of this version is). ``backend``: "auto", "aten" or "reference".
+    drops weights by a counter keyed on ``seed``, batch row, head and global positions. ``deterministic``, or
+    ``torch.use_deterministic_algorithms(True)``, asks for bitwise repeatable gradients. ``backend``: "auto", "triton",
+    "aten" or "reference".
 
     Raises ``ValueError`` or ``TypeError`` for arguments that do not fit. Differentiable once.
 

@@ -71,7 +71,7 @@ def _aten_lacks(q: Tensor, v: Tensor, scoring: Scoring) -> str | None:
 def _triton_lacks(q: Tensor, v: Tensor, scoring: Scoring) -> str | None:
     if q.device.type not in ("cuda", "cpu"):
         return f"computes on a CUDA device, and query is on {q.device}"
-    missing = _kernels_missing(q.device.type)
+    missing = _kernels_missing(q.device)
     if missing:
         return missing
     if q.dtype == torch.float64:
@@ -80,9 +80,9 @@ def _triton_lacks(q: Tensor, v: Tensor, scoring: Scoring) -> str | None:
     return f"has head dims up to {_WIDEST}, and this one is {widest}" if widest > _WIDEST else None
 
 
-@lru_cache(maxsize=8)
-def _kernels_missing(device: str) -> str:
-    """What keeps the kernels from running on this kind of device; empty if nothing does."""
+@lru_cache(maxsize=64)
+def _kernels_missing(device: torch.device) -> str:
+    """What keeps the kernels from running on this device; empty if nothing does."""
     try:
         kernels = importlib.import_module("ringflash_kernels")
     except ModuleNotFoundError:

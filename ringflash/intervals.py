@@ -100,6 +100,12 @@ class Intervals:
         """
         return self._visits.blocks(key_blocks, block_q, block_k).tensors[self._place]
 
+    def query_span(self, block_q: int, block_k: int) -> tuple[int, int]:
+        """The first block of queries that sees any key, in any batch row, and one past the last; (0, 0) if none does."""
+        table = self._visits.blocks(query_blocks, block_q, block_k).host[self._place]
+        seeing = np.flatnonzero((table[..., 0] < table[..., 3]).any(axis=0))
+        return (int(seeing[0]), int(seeing[-1]) + 1) if len(seeing) else (0, 0)
+
     @cached_property
     def tiles(self) -> list[list[Tile]]:
         """The same cells as rectangles and triangles, one list for each batch row that the mask tells apart."""
@@ -143,7 +149,7 @@ class _Visits:
 
     def _positions(self) -> list[np.ndarray]:
         first, past = self._plan.q_offset, self._plan.q_offset + self._plan.queries.length
-        if first < -(1 << 31) or max(past, self._plan.keys.length) > 1 << 31:
+        if max(past, self._plan.keys.length) - min(first, 0) > 1 << 31:  # their distance has to fit too
             raise ValueError(
                 f"positions from {first} to {past - 1} under ALiBi or dropout; they need to fit into 32 bits: use a "
                 "smaller q_offset"
@@ -166,6 +172,11 @@ class _Copied:
 
     def __init__(self, arrays: Sequence[np.ndarray], device: torch.device) -> None:
         on_cuda = device.type == "cuda"
+        if on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and attention has to build tables for this mask and these lengths first: run "
+                "the step once before you capture it"
+            )
         edges = np.cumsum([0, *(-(-x.size // _ALIGNMENT) * _ALIGNMENT for x in arrays)]).tolist()
         source = torch.empty(edges[-1], dtype=torch.int32, device="cpu", pin_memory=on_cuda)
         self.host = [source.numpy()[at : at + x.size].reshape(x.shape) for at, x in zip(edges, arrays, strict=False)]
@@ -197,6 +208,7 @@ class _Cache:
 
     def __init__(self, most: int, shardings: int = _SHARDINGS_KEPT) -> None:
         self._most, self._shardings, self._lock = most, shardings, threading.Lock()
+        self._captured: set[_Visits] = set()
         self._kept: OrderedDict[tuple[Plan, torch.device], tuple[_Visits, dict[int, Intervals]]] = OrderedDict()
 
     def get(self, plan: Plan, shard: int, device: torch.device) -> Intervals:
@@ -209,7 +221,10 @@ class _Cache:
                 self._kept[key] = visits, {shard: Intervals(plan, shard, device, visits) for shard in visits.shards}
                 while len(self._kept) > 1 and not self._fits():
                     self._kept.popitem(last=False)
-            return self._kept[key][1].get(shard) or Intervals(plan, shard, device)
+            visits, tables = self._kept[key]
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                self._captured.add(visits)  # a graph holds addresses: these tables live as long as the process
+            return tables.get(shard) or Intervals(plan, shard, device)
 
     def _fits(self) -> bool:
         shardings = {(p.queries, p.keys, p.mask, p.route, p.q_offset) for p, _ in self._kept}

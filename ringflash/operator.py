@@ -79,6 +79,8 @@ def attend_backward(
     scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
     engine = select(backend, q, v, scoring)
     dtype = lse.dtype
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # once, and not in every visit
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     delta = engine.delta(dout, out, dlse)
     dq: Tensor | None = None
     last = _last_visit(plan)
@@ -92,7 +94,7 @@ def attend_backward(
         return tuple(share)
 
     dk, dv = circulate(plan, wire, (k, v), visit, home=Freight.like((k, v), dtype)) or ()
-    dq = torch.zeros_like(q) if dq is None else dq
+    dq = q.new_zeros(q.shape) if dq is None else dq
     dsinks = q.new_zeros(0)
     if sinks is not None:  # the sink's value is 0, so its ds is -p delta
         share = torch.exp(sinks.to(dtype)[:, None] - torch.where(lse == -torch.inf, 0.0, lse))
@@ -108,7 +110,7 @@ def _last_visit(plan: Plan) -> int | None:
 def _sink(logits: Tensor, q: Tensor, v: Tensor) -> Partial:
     """Every query of this rank has seen the sinks ``[h]``: one row, broadcast."""
     batch, tokens, heads, _ = q.shape
-    lse = logits.to(accumulation_dtype(q.dtype))
+    lse = logits.to(accumulation_dtype(q.dtype), copy=True)  # what becomes a carry is written to
     out = lse.new_zeros(v.shape[3]).expand(batch, tokens, heads, v.shape[3])
     return Partial(out, lse[None, :, None].expand(batch, heads, tokens))
 

@@ -405,9 +405,7 @@ def test_a_carry_is_added_to_and_dq_too(backend):
     delta = chosen.delta(dout, whole.out, dlse)
     for at in (slice(0, 7), slice(7, 24)):
         table, double = visit(rf.full, 30, at.stop - at.start), (q.dtype, q.dtype)
-        dq, *share = chosen.attend_backward(
-            dout, q, k[:, at], v[:, at], whole.lse, delta, table, PLAIN, dq, double
-        )
+        dq, *share = chosen.attend_backward(dout, q, k[:, at], v[:, at], whole.lse, delta, table, PLAIN, dq, double)
         parts.append(share)
     dk, dv = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
     for mine, right in zip((*total, dq, dk, dv), whole, strict=True):
@@ -490,3 +488,51 @@ def test_backends_change_nothing_but_what_they_are_given():
         copies = [x.clone() for x in tensors]
         run(backend, *tensors, visit(rf.window(5, 2), 40, 40))
         assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True)), backend
+
+
+@pytest.mark.parametrize("mask", [rf.full, rf.window(0, 0)], ids=str)
+@pytest.mark.parametrize("backend", NAMES)
+def test_sinks_of_one_row_are_not_written_over(backend, mask):
+    """One query of one batch row: the sinks broadcast to themselves, and a carry is consumed. This is decoding."""
+    q, k, v = draw((1, 1, 4, 8), (1, 8, 2, 8), (1, 8, 2, 8), dtype=torch.float32)
+    sinks = draw((4,), dtype=torch.float32)[0]
+    before = sinks.clone()
+    ours = rf.flash_attention(q, k, v, mask, q_offset=7, sinks=sinks, backend=backend, return_lse=True)
+    exact = oracle.attention(*(x.double() for x in (q, k, v)), mask_of_last(mask), sinks=before.double())
+    assert torch.equal(sinks, before)
+    for mine, right in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=0, atol=1e-5)
+
+
+def mask_of_last(mask: rf.Mask) -> Tensor:
+    """What the last of eight positions sees."""
+    return torch.arange(8)[None] >= (0 if mask == rf.full else 7)
+
+
+def test_gradients_of_nothing_have_the_strides_that_were_announced():
+    """A captured graph plans memory by the fake kernel; queries that see nothing once came back with strides of their own."""
+    q = torch.randn(2, 4, 3, 8).transpose(1, 2).requires_grad_()
+    k = v = torch.randn(2, 5, 2, 8)
+    attend = torch.compile(rf.flash_attention, fullgraph=True, backend="aot_eager")
+    attend(q, k, v, rf.causal, q_offset=-9).sum().backward()
+    assert not q.grad.any()
+
+
+def test_pytorchs_own_switch_asks_for_determinism(monkeypatch):
+    """Who sets torch.use_deterministic_algorithms expects it of everything."""
+    asked = []
+    kernel = BACKENDS["reference"]
+
+    def watched(*args: Any) -> Any:
+        asked.append(args[-1])
+        return kernel.attend_backward(*args)
+
+    monkeypatch.setitem(BACKENDS, "reference", kernel._replace(attend_backward=watched))
+    q, k, v = (x.requires_grad_() for x in draw((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)))
+    rf.flash_attention(q, k, v, backend="reference").sum().backward()
+    torch.use_deterministic_algorithms(True)
+    try:
+        rf.flash_attention(q, k, v, backend="reference").sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]

@@ -351,6 +351,20 @@ def test_a_table_larger_than_the_cache_is_served():
         assert cache.get(plan, 0, CPU) is table
 
 
+@pytest.mark.parametrize("mask", [rf.causal, rf.window(5, 0), rf.documents([0, 9, 40])], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_the_span_of_queries_leaves_out_only_who_sees_nothing(layout, mask):
+    """Blocks outside it are not launched: whoever is forgotten keeps what it had before."""
+    for rank in range(3):
+        plan = rf.plan(rf.Sharding(40, (rank, 3), mask, layout))
+        for shard in range(3):
+            table = Intervals(plan, shard, CPU)
+            first, past = table.query_span(4, 4)
+            sees = (table.begin < table.end).any(0)
+            assert not sees[: 4 * first].any() and not sees[4 * past :].any()
+            assert first == past == 0 or (sees[4 * first :][:4].any() and sees[4 * (past - 1) :][:4].any())
+
+
 @pytest.mark.gpu
 def test_tables_reach_a_device_without_stopping_it():
     """A wait for the device in every step with new documents would idle it; a stream of one's own sees them whole."""

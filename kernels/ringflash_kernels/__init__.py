@@ -17,14 +17,16 @@ so `import ringflash_kernels` needs neither.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 __all__ = ["available", "why_not"]
 
 
-def available(device: str = "cuda") -> bool:
-    """True if Triton kernels can run here: Triton imports, and PyTorch sees a CUDA device.
+def available(device: Any = "cuda") -> bool:
+    """True if Triton kernels can run here: Triton imports, and PyTorch sees a CUDA device that they know.
 
-    ``device="cpu"`` asks about CPU tensors, which Triton's interpreter serves: see ``ringflash_kernels.interpreter``.
+    ``device`` is a name or a ``torch.device``; ``"cpu"`` asks about CPU tensors, which Triton's interpreter serves: see
+    ``ringflash_kernels.interpreter``.
 
     >>> available() == (why_not() == "")
     True
@@ -32,7 +34,7 @@ def available(device: str = "cuda") -> bool:
     return not why_not(device)
 
 
-def why_not(device: str = "cuda") -> str:
+def why_not(device: Any = "cuda") -> str:
     """The first thing that keeps Triton kernels from running here, as a sentence; empty if nothing does."""
     try:
         importlib.import_module("triton")
@@ -42,11 +44,16 @@ def why_not(device: str = "cuda") -> str:
         return f"Triton is installed, but it needs {error.name}, which is not"
     except Exception as error:  # a broken installation raises whatever its shared libraries raise
         return f"Triton is installed but does not import: {type(error).__name__}: {error}"
-    if device == "cpu":
+    if str(device) == "cpu":
         interpreter = importlib.import_module("ringflash_kernels.interpreter")
         return "" if interpreter.active() else "on a CPU kernels need Triton's interpreter (TRITON_INTERPRET=1)"
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
         return f"PyTorch {torch.__version__}, built for {built}, sees no CUDA device"
+    if torch.version.hip:
+        return "the kernels are for NVIDIA devices, and this PyTorch is built for AMD's"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernels need compute capability 8.0, and this device has {major}.{minor}"
     return ""

@@ -122,8 +122,13 @@ class _Call(NamedTuple):
         descriptors = self.descriptors(self.k, self.v)
         k0, k1 = launch.loads(self.k, tiles.block_k, config.parts(self.k.shape[3]), descriptors)
         v0, v1 = launch.loads(self.v, tiles.block_k, config.parts(self.v.shape[3]), descriptors)
-        if queries:
-            query_gradients[(triton.cdiv(queries, tiles.block_q) * batch * heads,)](
+        first_block, past = 0, triton.cdiv(queries, tiles.block_q)
+        if carry is not None and dq is carry:  # queries that see nothing here have their sum already
+            first_block, past = self.intervals.query_span(tiles.block_q, tiles.block_k)
+        if past > first_block:
+            query_gradients[((past - first_block) * batch * heads,)](
+                first_block=first_block,
+                blocks=past - first_block,
                 **dict(Q=self.q, K0=k0, K1=k1, V0=v0, V1=v1, DOUT=self.dout, OLD=carry, DQ=dq),
                 **launch.rows(self.intervals),
                 **launch.blocks(self.intervals.query_blocks(tiles.block_q, tiles.block_k)),

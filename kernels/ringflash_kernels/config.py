@@ -71,18 +71,15 @@ TABLE: dict[tuple[int, Direction, Work], Rows] = {
     (100, "dq", "plain"): ((128, Config(128, 64, 8, 2)), (256, Config(64, 32, 8, 1))),
     (100, "dq", "options"): ((128, Config(64, 64, 8, 2)), (256, Config(64, 32, 8, 1))),
 }
-_FLOAT32: dict[Direction, Rows] = {  # one way for all: true float32 does not run on the matrix units
+FLOAT32: dict[Direction, Rows] = {  # one way for all: true float32 does not run on the matrix units
     "forward": ((64, Config(64, 32, 8, 2)), (256, Config(32, 16, 8, 2))),
     "decode": ((256, Config(16, 32, 4, 1)),),
     "backward": ((128, Config(32, 32, 8, 1)), (256, Config(16, 16, 8, 1))),
     "dkdv": ((128, Config(32, 32, 8, 1)), (256, Config(16, 16, 8, 1))),
     "dq": ((256, Config(32, 16, 8, 1)),),
 }
-for _arch in (80, 90, 100):
-    TABLE |= {(_arch, _direction, "float32"): _rows for _direction, _rows in _FLOAT32.items()}
-    TABLE[_arch, "decode", "options"] = TABLE[_arch, "decode", "plain"]
 
-SMALL = Config(64, 32, 4, 2)  # fits where shared memory is 99 KiB
+ELSEWHERE: Rows = ((128, Config(64, 32, 4, 2)), (256, Config(32, 32, 4, 1)))  # fits where shared memory is 99 KiB
 INTERPRETED = Config(32, 32, 4, 1)  # many seams in few rows
 
 _overrides: dict[Direction, Config] = {}
@@ -90,7 +87,9 @@ _overrides: dict[Direction, Config] = {}
 
 def choose(direction: Direction, arch: int, head_dim: int, value_dim: int, work: Work) -> Config:
     """What to run on ``arch`` (80, 90, 100, ...; 0 is the interpreter) for these head dims."""
-    return _find(direction, arch, head_dim, value_dim, work) or SMALL
+    found = _find(direction, arch, head_dim, value_dim, work)
+    assert found is not None, "only backward may lack a row, and who asks for it looks first"
+    return found
 
 
 def has_one_pass(arch: int, head_dim: int, value_dim: int, work: Work) -> bool:
@@ -104,7 +103,12 @@ def _find(direction: Direction, arch: int, head_dim: int, value_dim: int, work: 
     if arch == 0:
         return INTERPRETED
     wide = max(sum(parts(head_dim)), sum(parts(value_dim)))
-    rows = TABLE.get((arch, direction, work), ())
+    if work == "float32":
+        rows = FLOAT32[direction]
+    elif arch in {known for known, *_ in TABLE}:
+        rows = TABLE[arch, direction, "plain" if direction == "decode" else work]
+    else:
+        rows = () if direction == "backward" else ELSEWHERE
     return next((config for largest, config in rows if wide <= largest), None)
 
 

@@ -24,11 +24,11 @@ from ringflash_kernels.tiles import LN2, LOG2E, MASKED, add_values, bend, kept, 
 _MOST_ROWS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold", "splits", "queries", "keys", "row_stride"])
 def _stretch(
     Q, K0, K1, V0, V1, OUTS, LSES,
     BEGIN, END, QUERY_POSITIONS, KEY_POSITIONS, SLOPES,
-    scale, softcap, seed, threshold, keep_scale,
+    scale, softcap, seed: tl.int64, threshold: tl.int64, keep_scale,
     splits, queries, keys, heads, group, row_stride, slope_stride, slope_step,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,

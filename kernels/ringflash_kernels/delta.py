@@ -14,7 +14,7 @@ from ringflash_kernels import config, launch
 from ringflash_kernels.tiles import tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "dlse_b", "dlse_h", "dlse_s"])
 def _rowsum(
     DOUT, OUT, DLSE, DELTA, queries, heads,
     dout_b, dout_s, dout_h, out_b, out_s, out_h, dlse_b, dlse_h, dlse_s,
@@ -41,7 +41,7 @@ def delta(dout: Tensor, out: Tensor, dlse: Tensor) -> Tensor:
     batch, queries, heads, width = out.shape
     found = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
     if found.numel():
-        rows = 64 if config.architecture(out.device) else 16
+        rows = (64 if width <= 128 else 32) if config.architecture(out.device) else 16
         _rowsum[(triton.cdiv(queries, rows) * batch * heads,)](
             dout, out, dlse, found, queries, heads, **launch.steps(dout=dout, out=out),
             **{f"dlse_{dim}": dlse.stride(i) for i, dim in enumerate("bhs")},

@@ -24,20 +24,35 @@ from ringflash_kernels import config, decode, launch
 from ringflash_kernels.tiles import LN2, LOG2E, MASKED, add_values, bend, kept, partly_visible, products, put, tile
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "seed",
+        "threshold",
+        "queries",
+        "keys",
+        "row_stride",
+        "block_stride",
+        "first_block",
+        "blocks",
+        "carry_lse_b",
+        "carry_lse_h",
+        "carry_lse_s",
+    ]
+)
 def _attend(
     Q, K0, K1, V0, V1, CARRY_OUT, CARRY_LSE, OUT, LSE,
     BEGIN, END, BLOCKS, QUERY_POSITIONS, KEY_POSITIONS, SLOPES,
-    scale, softcap, seed, threshold, keep_scale,
-    queries, keys, heads, group, row_stride, block_stride, slope_stride, slope_step,
+    scale, softcap, seed: tl.int64, threshold: tl.int64, keep_scale,
+    first_block, blocks, queries, keys, heads, group, row_stride, block_stride, slope_stride, slope_step,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, out_b, out_s, out_h,
     carry_b, carry_s, carry_h, carry_lse_b, carry_lse_h, carry_lse_s,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     CARRY: tl.constexpr, NEGATIVE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(queries, BLOCK_Q)
-    block = blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the last rows see most: long work first
+    block = (
+        first_block + blocks - 1 - tl.program_id(0) % blocks
+    )  # under a causal mask the last rows see most: long work first
     b = tl.program_id(0) // blocks // heads
     h = tl.program_id(0) // blocks % heads
     hk = h // group
@@ -213,8 +228,13 @@ def attend(
         into = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device)
     # never over the carried lse: several threads read each of its rows, and one of them might have written by then
     new_lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    if into.numel():
-        _attend[(triton.cdiv(queries, tiles.block_q) * batch * heads,)](
+    first_block, past = 0, triton.cdiv(queries, tiles.block_q)
+    if lse is not None and into is out:  # queries that see nothing here have their answer already
+        first_block, past = intervals.query_span(tiles.block_q, tiles.block_k)
+        if past - first_block < triton.cdiv(queries, tiles.block_q):
+            new_lse.copy_(lse)
+    if into.numel() and past > first_block:
+        _attend[((past - first_block) * batch * heads,)](
             q,
             *launch.loads(k, tiles.block_k, config.parts(k.shape[3]), descriptors),
             *launch.loads(v, tiles.block_k, config.parts(width), descriptors),
@@ -222,6 +242,8 @@ def attend(
             lse,
             into,
             new_lse,
+            first_block=first_block,
+            blocks=past - first_block,
             **launch.rows(intervals),
             **launch.blocks(intervals.query_blocks(tiles.block_q, tiles.block_k)),
             **launch.sizes(q, k),

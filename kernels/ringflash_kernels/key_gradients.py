@@ -15,11 +15,11 @@ import triton.language as tl
 from ringflash_kernels.tiles import LOG2E, bend, kept, partly_visible, put, row_statistics, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys", "row_stride", "block_stride"])
 def key_gradients(
     Q0, Q1, K, V, DOUT0, DOUT1, LSE, DELTA, DQ0, DQ1, DK, DV_,
     BEGIN, END, BLOCKS, QUERY_POSITIONS, KEY_POSITIONS, SLOPES,
-    scale, softcap, seed, threshold, keep_scale, ds_scale, grad_scale,
+    scale, softcap, seed: tl.int64, threshold: tl.int64, keep_scale, ds_scale, grad_scale,
     queries, keys, heads, group, row_stride, block_stride, slope_stride, slope_step,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h, dq_b, dq_s, dq_h,
     dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
@@ -59,9 +59,10 @@ def key_gradients(
     dk1 = tl.zeros([BLOCK_K, D1 if D1 else 1], tl.float32)
     dv0 = tl.zeros([BLOCK_K, DV0], tl.float32)
     dv1 = tl.zeros([BLOCK_K, DV1 if DV1 else 1], tl.float32)
+    several = tl.maximum(partly, 1)  # loads run ahead of the loop, and so do these divisions
     for i in tl.range(0, partly * group):
-        h = hk * group + i // partly
-        at = partly_visible(i % partly, start, full_start, full_end) * BLOCK_Q
+        h = hk * group + i // several
+        at = partly_visible(i % several, start, full_start, full_end) * BLOCK_Q
         dk0, dk1, dv0, dv1 = _against_queries(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, key, key_position,
             Q0, Q1, DOUT0, DOUT1, LSE, DELTA, DQ0, DQ1, BEGIN, END, QUERY_POSITIONS, SLOPES, b, h, at,
@@ -70,9 +71,10 @@ def key_gradients(
             q_b, q_s, q_h, dout_b, dout_s, dout_h, dq_b, dq_s, dq_h,
             D, D0, D1, DV, DV0, DV1, BLOCK_Q, DESCRIPTORS, PRECISION, ADD_DQ, SOFTCAP, ALIBI, DROPOUT, True,
         )  # fmt: skip
+    several = tl.maximum(full_end - full_start, 1)
     for i in tl.range(0, (full_end - full_start) * group):
-        h = hk * group + i // (full_end - full_start)
-        at = (full_start + i % (full_end - full_start)) * BLOCK_Q
+        h = hk * group + i // several
+        at = (full_start + i % several) * BLOCK_Q
         dk0, dk1, dv0, dv1 = _against_queries(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, key, key_position,
             Q0, Q1, DOUT0, DOUT1, LSE, DELTA, DQ0, DQ1, BEGIN, END, QUERY_POSITIONS, SLOPES, b, h, at,

@@ -24,7 +24,8 @@ class Intervals(Protocol):
 
     ``begin``, ``end`` int32 ``[rows, s_q]``, rows 1 or the batch size. Positions are global, int32. ``query_blocks`` are int32
     ``[rows, blocks of queries, 4]``: key blocks ``start <= full_start <= full_end <= end``, visited from start to end, seen
-    whole by every row from full_start to full_end. ``key_blocks`` are the same with the sides exchanged.
+    whole by every row from full_start to full_end. ``key_blocks`` are the same with the sides exchanged. ``query_span`` are the
+    first block of queries that sees anything, and one past the last, known on the host.
     """
 
     @property
@@ -37,6 +38,7 @@ class Intervals(Protocol):
     def key_positions(self) -> Tensor: ...
     def query_blocks(self, block_q: int, block_k: int) -> Tensor: ...
     def key_blocks(self, block_q: int, block_k: int) -> Tensor: ...
+    def query_span(self, block_q: int, block_k: int) -> tuple[int, int]: ...
 
 
 class Scoring(Protocol):

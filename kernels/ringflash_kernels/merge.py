@@ -38,7 +38,19 @@ def _add(acc, top, total, out, lse):
     return acc * old_weight[:, None] + out * weight[:, None], higher, total * old_weight + weight
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "count",
+        "queries",
+        "lses_n",
+        "lses_lse_b",
+        "lses_lse_h",
+        "lses_lse_s",
+        "carry_lse_b",
+        "carry_lse_h",
+        "carry_lse_s",
+    ]
+)
 def _merge(
     OUTS, LSES, CARRY_OUT, CARRY_LSE, OUT, LSE, count, queries, heads,
     outs_n, outs_b, outs_s, outs_h, lses_n, lses_lse_b, lses_lse_h, lses_lse_s,

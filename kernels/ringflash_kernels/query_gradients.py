@@ -11,19 +11,20 @@ import triton.language as tl
 from ringflash_kernels.tiles import LOG2E, bend, kept, partly_visible, products, put, row_statistics, tile
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["seed", "threshold", "queries", "keys", "row_stride", "block_stride", "first_block", "blocks"]
+)
 def query_gradients(
     Q, K0, K1, V0, V1, DOUT, LSE, DELTA, OLD, DQ,
     BEGIN, END, BLOCKS, QUERY_POSITIONS, KEY_POSITIONS, SLOPES,
-    scale, softcap, seed, threshold, keep_scale, ds_scale, grad_scale,
-    queries, keys, heads, group, row_stride, block_stride, slope_stride, slope_step,
+    scale, softcap, seed: tl.int64, threshold: tl.int64, keep_scale, ds_scale, grad_scale,
+    first_block, blocks, queries, keys, heads, group, row_stride, block_stride, slope_stride, slope_step,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h, dq_b, dq_s, dq_h, old_b, old_s, old_h,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     ADD: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(queries, BLOCK_Q)
-    block = blocks - 1 - tl.program_id(0) % blocks
+    block = first_block + blocks - 1 - tl.program_id(0) % blocks
     b = tl.program_id(0) // blocks // heads
     h = tl.program_id(0) // blocks % heads
     hk = h // group

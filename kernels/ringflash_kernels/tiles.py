@@ -92,10 +92,13 @@ def add_values(
 
 @triton.jit
 def tanh(x):
-    """Through exp2 of a negative number: no overflow, and no library function that the interpreter lacks."""
+    """Through exp2 of a negative number, and near 0, where that loses digits, through its series. Without a library function,
+    since the interpreter has none."""
     small = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2E))
     bent = (1.0 - small) / (1.0 + small)
-    return tl.where(x < 0.0, -bent, bent)
+    y = x * x
+    series = x + x * y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
+    return tl.where(y < 0.0625, series, tl.where(x < 0.0, -bent, bent))
 
 
 @triton.jit
@@ -129,4 +132,5 @@ def row_statistics(LSE, DELTA, at, row, limit, ds_scale):
     inside = row < limit
     lse = tl.load(LSE + at + row, mask=inside, other=float("-inf"))
     delta = tl.load(DELTA + at + row, mask=inside, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta * ds_scale
+    unseen = lse == float("-inf")  # there p is 0, and 0 times whatever came as its gradient must stay 0
+    return tl.where(unseen, float("inf"), lse * LOG2E), tl.where(unseen, 0.0, delta * ds_scale)

@@ -44,7 +44,7 @@ from ringflash_kernels.config import Config
 
 TABLE = Path(__file__).with_name("compiled.json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
-SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # what one block of threads may have
+SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # what one block of threads may have
 TENSOR_COLUMNS = 512  # of Blackwell's tensor memory: of a kernel that wants more, Triton makes a trap, without a word
 SLACK = 8  # registers that another patch release of the compiler may take
 SECONDS = 300  # no kernel compiles that long
@@ -142,6 +142,9 @@ class _Unread:
     def key_blocks(self, block_q: int, block_k: int) -> Tensor:
         return torch.empty(1, -(-TOKENS // block_k), 4, dtype=torch.int32)
 
+    def query_span(self, block_q: int, block_k: int) -> tuple[int, int]:
+        return 0, -(-TOKENS // block_q)
+
 
 def _forward(case: Case) -> None:
     carry = (case.out(), case.statistic()) if case.carried else None
@@ -197,25 +200,25 @@ def cases() -> list[Case]:
     """Every head dim on every architecture, options at the common ones, the fallback; what matters most comes first."""
     found = []
     rare = [wide for wide in WIDTHS if wide not in COMMON]
+    options = [("softcap",), ("alibi",), ("dropout",), ("misaligned",), ("softcap", "alibi", "dropout", "carry")]
     for arch in (90, 100, 80):
         for call in ("forward", "backward", "deterministic"):
-            found += [Case(arch, call, *wide, options=x) for wide in COMMON for x in (("carry",), ())]
-            found += [Case(arch, call, *wide, options=("carry",)) for wide in rare]
-            alone = [("softcap",), ("alibi",), ("dropout",), ("misaligned",)] if arch == 90 else []
-            for wide in COMMON:
-                found += [
-                    Case(arch, call, *wide, options=x) for x in (*alone, ("softcap", "alibi", "dropout", "carry"))
-                ]
-                found += [Case(arch, call, *wide, "float32", options) for options in ((), ("tf32x3",))]
-            found.append(Case(arch, call, 128, 128, "float16", ("carry",)))
+            found += [Case(arch, call, *wide, options=("carry",)) for wide in COMMON]
+            found += [Case(arch, call, *wide, options=options[-1]) for wide in COMMON]
+            if arch == 90:
+                found += [Case(arch, call, *wide) for wide in COMMON]
+                found += [Case(arch, call, *wide, options=("carry",)) for wide in rare]
+                found += [Case(arch, call, 128, 128, options=x) for x in options[:-1]]
+                found += [Case(arch, call, 128, 128, "float16", ("carry",))]
+            else:
+                found += [Case(arch, call, 192, 128, options=("carry",))]
         for wide in COMMON:
-            found += [
-                Case(arch, "decode", *wide, options=x) for x in (("one",), ("softcap", "alibi", "dropout", "carry"))
-            ]
-            found += [Case(arch, "decode", *wide, "float32")]
-        found += [Case(arch, "decode", *wide, options=("one",)) for wide in rare] if arch == 90 else []
-        found += [Case(arch, call, width, width) for call in ("delta", "merge") for width in (128, 80)]
-    found += [Case(86, call, *wide) for call in CALLS for wide in COMMON]
+            found += [Case(arch, "decode", *wide, options=x) for x in (("one",), options[-1])]
+        found += [Case(arch, call, width, width) for call in ("delta", "merge") for width in (128, 256)]
+    for call in ("forward", "backward", "deterministic", "decode"):
+        found += [Case(120, call, *wide) for wide in COMMON]  # any architecture that is not in the table
+        found += [Case(90, call, *wide, "float32") for wide in COMMON]
+        found += [Case(90, call, 128, 128, "float32", ("tf32x3",))]
     return found
 
 

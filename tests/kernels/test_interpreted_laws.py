@@ -226,3 +226,25 @@ def test_double_precision_is_refused():
     q = torch.ones(1, 4, 1, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="backend='triton' computes in float32, and query is float64"):
         rf.flash_attention(q, q, q, backend=BACKEND)
+
+
+@BOTH_WAYS
+def test_a_gradient_that_is_no_number_stays_with_the_row_that_sees_nothing(deterministic):
+    """lse of such a row is -inf, and who merges it with another -inf sends back NaN: 0 times that is still not 0."""
+    p = problem(Case(mask="causal", lengths=Lengths(40, 40, -5), dims=(16, 16), deterministic=deterministic))
+    ours, _ = laws.answer(p)
+    spoilt = p.dlse.clone()
+    spoilt[:, :, :5] = torch.nan
+    again, _ = laws.answer(p._replace(dlse=spoilt))
+    assert not laws.same(ours, again)
+
+
+@pytest.mark.parametrize("softcap", [1.0, 30.0, 1e4])
+def test_a_softcap_far_above_the_scores_changes_little(softcap):
+    """tanh of next to nothing keeps its digits; what it loses is multiplied by the cap."""
+    q, k, v = (torch.randn(1, 40, 2, 32, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    ours, exact = (
+        rf.flash_attention(*(x.to(dtype) for x in (q, k, v)), softcap=softcap, backend=backend).double()
+        for dtype, backend in ((torch.float32, BACKEND), (torch.float64, "reference"))
+    )
+    assert (ours - exact).abs().max() < 2e-6
