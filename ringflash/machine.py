@@ -203,7 +203,7 @@ def prove(device: str = "cpu", backend: str = "auto", ranks: int = 3, length: in
     together = [torch.full_like(x, torch.nan) for x in alone]  # a row that no rank computed stays NaN
     for positions, *shards in rf.local_world(ranks=ranks).run(one_rank):
         for whole, shard in zip(together, shards, strict=True):
-            whole[:, positions.to(device)] = shard
+            whole[:, positions.to(device)] = shard.double()
     errors = {
         name: (ours - theirs).abs().max().item()
         for name, ours, theirs in zip(("out", "lse", "dq", "dk", "dv"), together, alone, strict=True)

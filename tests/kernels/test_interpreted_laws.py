@@ -20,6 +20,7 @@ from cases import BACKEND, STORAGES, Case, Lengths, problem
 from oracle import Answer
 
 import ringflash as rf
+from ringflash import machine
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # of a masked score
 BUSY = Case("bf16", (24, 40), (2, 1), "several", "everything", Lengths(45, 45, 0))  # all that a kernel can do at once
@@ -248,3 +249,9 @@ def test_a_softcap_far_above_the_scores_changes_little(softcap):
         for dtype, backend in ((torch.float32, BACKEND), (torch.float64, "reference"))
     )
     assert (ours - exact).abs().max() < 2e-6
+
+
+def test_the_self_test_of_the_machine_proves_the_kernels_too():
+    """``python -m ringflash check`` is what a user runs first, and on a GPU it meets these kernels."""
+    proof = machine.prove("cpu", BACKEND)
+    assert proof.exact and proof.dtype == torch.float32
