@@ -76,7 +76,18 @@ def test_missing_cuda_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert torch.__version__ in ringflash_kernels.why_not()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert ringflash_kernels.available()
+
+
+def test_a_device_that_the_kernels_do_not_know_is_named(monkeypatch):
+    """An old card, or one of another make, must fall back to the reference and not fail in a compiler."""
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0, and this device has 7.5" in ringflash_kernels.why_not()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "NVIDIA" in ringflash_kernels.why_not()
 
 
 def test_the_kernel_package_imports_without_triton_and_without_torch():
