@@ -33,7 +33,7 @@ from stopwatch import Budget, quantiles
 from torch import Tensor
 
 import ringflash as rf
-from ringflash_kernels.config import Config, Direction, architecture, choose, use
+from ringflash_kernels.config import Config, Direction, architecture, choose, has_one_pass, use
 
 SECONDS_FOR_A_TRIAL = 120
 Table = tuple[tuple[int, int, int, int], ...]
@@ -98,7 +98,12 @@ def main() -> None:
         direction, head_dim, *shape = json.loads(options.trial)
         print(json.dumps(trial(Target(direction, head_dim), Config(*shape), bench, options.tiny)), flush=True)
         return
-    targets = [t for t in TARGETS if options.only in str(t)][: 1 if options.tiny else None]
+    arch = architecture(bench.device)
+    targets = [
+        t
+        for t in TARGETS  # where backward takes two passes, those are what there is to tune
+        if options.only in str(t) and (t.direction != "backward" or has_one_pass(arch, t.head_dim, t.head_dim, "plain"))
+    ][: 1 if options.tiny else None]
     left_out = []
     for target in targets:
         if bench.budget.left < (0 if options.tiny else 20):
