@@ -43,7 +43,7 @@ TABLE: dict[tuple[int, Direction, Work], Rows] = {
     (80, "backward", "plain"): ((64, Config(32, 128, 8, 2)), (128, Config(32, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
     (80, "backward", "options"): ((128, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
     (80, "dkdv", "plain"): ((64, Config(32, 128, 8, 2)), (128, Config(32, 64, 8, 2)), (256, Config(32, 32, 8, 1))),
-    (80, "dkdv", "options"): ((128, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
+    (80, "dkdv", "options"): ((64, Config(32, 64, 8, 1)), (256, Config(32, 32, 8, 1))),
     (80, "dq", "plain"): ((128, Config(128, 32, 8, 2)), (256, Config(64, 32, 8, 1))),
     (80, "dq", "options"): ((128, Config(64, 32, 8, 2)), (256, Config(64, 32, 8, 1))),
     (90, "forward", "plain"): (
