@@ -172,7 +172,7 @@ class _Copied:
 
     def __init__(self, arrays: Sequence[np.ndarray], device: torch.device) -> None:
         on_cuda = device.type == "cuda"
-        if on_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing(device):
             raise RuntimeError(
                 "a CUDA graph is being captured, and attention has to build tables for this mask and these lengths first: run "
                 "the step once before you capture it"
@@ -203,6 +203,14 @@ class _Copied:
         return self._buffer.nbytes
 
 
+def _capturing(device: torch.device) -> bool:
+    """Is a CUDA graph being captured on the current stream of this device?"""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 class _Cache:
     """The tables that were used last, up to a number of bytes and of shardings."""
 
@@ -222,7 +230,7 @@ class _Cache:
                 while len(self._kept) > 1 and not self._fits():
                     self._kept.popitem(last=False)
             visits, tables = self._kept[key]
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if _capturing(device):
                 self._captured.add(visits)  # a graph holds addresses: these tables live as long as the process
             return tables.get(shard) or Intervals(plan, shard, device)
 

@@ -44,7 +44,7 @@ def why_not(device: Any = "cuda") -> str:
         return f"Triton is installed, but it needs {error.name}, which is not"
     except Exception as error:  # a broken installation raises whatever its shared libraries raise
         return f"Triton is installed but does not import: {type(error).__name__}: {error}"
-    if str(device) == "cpu":
+    if str(device).startswith("cpu"):
         interpreter = importlib.import_module("ringflash_kernels.interpreter")
         return "" if interpreter.active() else "on a CPU kernels need Triton's interpreter (TRITON_INTERPRET=1)"
     torch = importlib.import_module("torch")

@@ -73,7 +73,7 @@ TABLE: dict[tuple[int, Direction, Work], Rows] = {
 }
 FLOAT32: dict[Direction, Rows] = {  # one way for all: true float32 does not run on the matrix units
     "forward": ((64, Config(64, 32, 8, 2)), (256, Config(32, 16, 8, 2))),
-    "decode": ((256, Config(16, 32, 4, 1)),),
+    "decode": ((128, Config(16, 32, 4, 1)), (256, Config(16, 16, 4, 1))),
     "backward": ((128, Config(32, 32, 8, 1)), (256, Config(16, 16, 8, 1))),
     "dkdv": ((128, Config(32, 32, 8, 1)), (256, Config(16, 16, 8, 1))),
     "dq": ((256, Config(32, 16, 8, 1)),),
@@ -103,12 +103,15 @@ def _find(direction: Direction, arch: int, head_dim: int, value_dim: int, work: 
     if arch == 0:
         return INTERPRETED
     wide = max(sum(parts(head_dim)), sum(parts(value_dim)))
-    if work == "float32":
+    known = arch in {arch for arch, *_ in TABLE}
+    if direction == "backward" and not known:
+        rows: Rows = ()
+    elif work == "float32":
         rows = FLOAT32[direction]
-    elif arch in {known for known, *_ in TABLE}:
+    elif known:
         rows = TABLE[arch, direction, "plain" if direction == "decode" else work]
     else:
-        rows = () if direction == "backward" else ELSEWHERE
+        rows = ELSEWHERE
     return next((config for largest, config in rows if wide <= largest), None)
 
 

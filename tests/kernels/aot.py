@@ -215,6 +215,7 @@ def cases() -> list[Case]:
         for wide in COMMON:
             found += [Case(arch, "decode", *wide, options=x) for x in (("one",), options[-1])]
         found += [Case(arch, call, width, width) for call in ("delta", "merge") for width in (128, 256)]
+    found += [Case(120, "backward", 128, 128, "float32", ("tf32x3",)), Case(120, "decode", 256, 256, "float32")]
     for call in ("forward", "backward", "deterministic", "decode"):
         found += [Case(120, call, *wide) for wide in COMMON]  # any architecture that is not in the table
         found += [Case(90, call, *wide, "float32") for wide in COMMON]
