@@ -21,7 +21,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ringflash_kernels import config, decode, launch
-from ringflash_kernels.tiles import LN2, LOG2E, MASKED, add_values, bend, kept, partly_visible, products, put, tile
+from ringflash_kernels.tiles import (
+    LN2,
+    LOG2E,
+    MASKED,
+    add_values,
+    bend,
+    block_range,
+    kept,
+    partly_visible,
+    products,
+    put,
+    tile,
+)
 
 
 @triton.jit(
@@ -50,9 +62,8 @@ def _attend(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     CARRY: tl.constexpr, NEGATIVE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    block = (
-        first_block + blocks - 1 - tl.program_id(0) % blocks
-    )  # under a causal mask the last rows see most: long work first
+    # under a causal mask the last rows see most: long work first
+    block = first_block + blocks - 1 - tl.program_id(0) % blocks
     b = tl.program_id(0) // blocks // heads
     h = tl.program_id(0) // blocks % heads
     hk = h // group
@@ -63,11 +74,7 @@ def _attend(
     column = tl.arange(0, BLOCK_K)
     begin = tl.load(BEGIN + batch * row_stride + row, mask=inside, other=0)
     end = tl.load(END + batch * row_stride + row, mask=inside, other=0)
-    ranges = BLOCKS + batch * block_stride + block.to(tl.int64) * 4
-    start = tl.load(ranges)
-    full_start = tl.load(ranges + 1)
-    full_end = tl.load(ranges + 2)
-    stop = tl.load(ranges + 3)
+    start, full_start, full_end, stop = block_range(BLOCKS + batch * block_stride, block)
 
     q_base = Q + batch * q_b + h.to(tl.int64) * q_h
     k_base = K0

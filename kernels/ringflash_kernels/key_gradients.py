@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ringflash_kernels.tiles import LOG2E, bend, kept, partly_visible, put, row_statistics, tile
+from ringflash_kernels.tiles import LOG2E, bend, block_range, kept, partly_visible, put, row_statistics, tile
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys", "row_stride", "block_stride"])
@@ -34,11 +34,7 @@ def key_gradients(
     batch = b.to(tl.int64)
     first = block * BLOCK_K
     key = first + tl.arange(0, BLOCK_K)
-    ranges = BLOCKS + batch * block_stride + block.to(tl.int64) * 4
-    start = tl.load(ranges)
-    full_start = tl.load(ranges + 1)
-    full_end = tl.load(ranges + 2)
-    stop = tl.load(ranges + 3)
+    start, full_start, full_end, stop = block_range(BLOCKS + batch * block_stride, block)
     partly = (full_start - start) + (stop - full_end)
 
     k_base = K + batch * k_b + hk.to(tl.int64) * k_h

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ringflash_kernels.tiles import LOG2E, bend, kept, partly_visible, products, put, row_statistics, tile
+from ringflash_kernels.tiles import LOG2E, bend, block_range, kept, partly_visible, products, put, row_statistics, tile
 
 
 @triton.jit(
@@ -34,11 +34,7 @@ def query_gradients(
     inside = row < queries
     begin = tl.load(BEGIN + batch * row_stride + row, mask=inside, other=0)
     end = tl.load(END + batch * row_stride + row, mask=inside, other=0)
-    ranges = BLOCKS + batch * block_stride + block.to(tl.int64) * 4
-    start = tl.load(ranges)
-    full_start = tl.load(ranges + 1)
-    full_end = tl.load(ranges + 2)
-    stop = tl.load(ranges + 3)
+    start, full_start, full_end, stop = block_range(BLOCKS + batch * block_stride, block)
     partly = (full_start - start) + (stop - full_end)
 
     q_base = Q + batch * q_b + h.to(tl.int64) * q_h

@@ -55,6 +55,13 @@ def put(
 
 
 @triton.jit
+def block_range(table, block):
+    """What a block visits: ``start <= full_start <= full_end <= end``, in blocks of the other side."""
+    at = table + block.to(tl.int64) * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
 def partly_visible(i, start, full_start, full_end):
     """The i-th block that is visited and not full: those before the full ones, then those behind."""
     return tl.where(i < full_start - start, start + i, full_end + i - (full_start - start))
