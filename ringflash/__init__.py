@@ -10,16 +10,20 @@ any order. ``docs/design.md`` tells the rest.
 """
 
 from ringflash.attention import flash_attention, ring_attention
-from ringflash.draw import draw
 from ringflash.errors import DeadlockError, PlanError, RingflashError, WireError
+from ringflash.forecast.cost import estimate
 from ringflash.layout import Layout
 from ringflash.local import local_world
 from ringflash.mask import Mask, causal, chunks, documents, full, prefix, window
 from ringflash.modules import RingAttention
 from ringflash.partial import Partial, merge, sink
-from ringflash.plan import Plan, verify
+from ringflash.plan import Plan
+from ringflash.route import direct, double_ring
 from ringflash.sequence_parallel import SequenceParallel
 from ringflash.shard import Sharding, plan, plans
+from ringflash.verify import verify
+from ringflash.views.draw import draw
+from ringflash.views.trace import trace
 
 __version__ = "0.1.0"
 
@@ -37,8 +41,11 @@ __all__ = [
     "WireError",
     "causal",
     "chunks",
+    "direct",
     "documents",
+    "double_ring",
     "draw",
+    "estimate",
     "flash_attention",
     "full",
     "local_world",
@@ -48,6 +55,7 @@ __all__ = [
     "prefix",
     "ring_attention",
     "sink",
+    "trace",
     "verify",
     "window",
 ]

@@ -1,25 +1,56 @@
-"""`python -m ringflash check`: what is on this machine, what will run, and whether it runs right."""
+"""Two commands: what is here and whether it runs right; what a run will take, before it runs.
+
+    python -m ringflash check
+    python -m ringflash plan --length 1M --ranks 64 --draw plan.svg
+
+The work is done in ``machine.py``, and in ``planner.py`` and ``report.py``.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ringflash import machine
+from ringflash.forecast.hardware import link_names, load_hardware, machine_names
+from ringflash.forecast.memory import MODELS
+from ringflash.forecast.workload import ITEMSIZE
+from ringflash.mask import documents, window
+from ringflash.units import read_tokens
+from ringflash.views.draw import draw
+from ringflash.views.planner import LAYOUT_NAMES, ROUTE_NAMES, Answer, Question
+from ringflash.views.reading import read_documents, read_mask
+from ringflash.views.report import record, training_memory, write_memory, write_report
+from ringflash.views.trace import trace
+
+_SHAPES = dict(heads=32, kv_heads=8, head_dim=128)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return the exit code of the process."""
+    """Run one subcommand; return the exit code of the process. 2 and a sentence for arguments that do not fit together."""
     parser = argparse.ArgumentParser(prog="python -m ringflash", description="Exact ring attention in PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     check_parser = commands.add_parser(
         "check", help="report what this machine can run, and prove in seconds that the ring is exact on it"
     )
-    check_parser.set_defaults(run=check)
+    check_parser.set_defaults(run=lambda _: check())
+    plan_parser = commands.add_parser(
+        "plan",
+        help="plan a run: its schedule, what it will take on a described machine, and which layout and route are best",
+        usage="%(prog)s --length 1M --ranks 64 [options]; --help lists them",
+        description="Plan one attention call on many devices. Nothing is sent and no device is needed: times are modelled.",
+    )
+    _add_options(plan_parser)
+    plan_parser.set_defaults(run=plan)
     chosen = parser.parse_args(arguments)
-    exit_code: int = chosen.run()
+    try:
+        exit_code: int = chosen.run(chosen)
+    except _Refused as refused:
+        parser.exit(2, f"{parser.prog} {chosen.command}: {refused}\n")
     return exit_code
 
 
@@ -49,5 +80,153 @@ def check() -> int:
     return 0
 
 
+def plan(chosen: argparse.Namespace) -> int:
+    """Print the plan of a run, or its JSON; draw and trace it where that is asked for."""
+    question = _ask(chosen)
+    try:
+        if chosen.draw:
+            draw(question.plans, chosen.draw, question.estimate)
+        if chosen.trace:
+            trace(question.estimate, chosen.trace)
+    except (ValueError, OSError, ImportError) as error:  # no such format, no such folder, no matplotlib
+        raise _Refused(_sentence(error)) from None
+    answer, gpus = Answer(question), chosen.gpus or chosen.ranks
+    if chosen.json:
+        training = {"training": training_memory(question, chosen.model, gpus)} if chosen.model else {}
+        print(json.dumps(record(answer) | training, indent=2))
+        return 0
+    print(write_report(answer, chosen.rank))
+    if chosen.model:
+        print(f"\n{write_memory(question, chosen.model, gpus)}")
+    return 0
+
+
+class _Refused(Exception):
+    """Arguments that cannot be served, in one sentence."""
+
+
+def _ask(chosen: argparse.Namespace) -> Question:
+    """The question that the arguments spell, if all of it fits together."""
+    model = MODELS.get(chosen.model)
+    shapes: dict[str, int] = {
+        name: getattr(chosen, name) or (usual if model is None else getattr(model, name))
+        for name, usual in _SHAPES.items()
+    }
+    try:
+        mask, length = read_mask(chosen.mask), chosen.length
+        if chosen.window is not None:
+            mask &= window(chosen.window - 1, 0)
+        if chosen.documents is not None:
+            mask &= documents(read_documents(chosen.documents, length))
+        length = mask.length if length is None else length
+        if length is None:
+            raise ValueError("length is not given; without --documents, --length is needed")
+        machine_used = load_hardware(chosen.hardware).with_(within=chosen.within, between=chosen.between)
+        question = Question(
+            length,
+            chosen.ranks,
+            mask,
+            chosen.layout,
+            chosen.route,
+            batch=chosen.batch,
+            dtype=chosen.dtype,
+            hardware=machine_used,
+            ranks_per_node=chosen.ranks_per_node,
+            ulysses=chosen.ulysses,
+            **shapes,
+        )
+        if not 0 <= chosen.rank < len(question.plans):
+            raise ValueError(f"rank is {chosen.rank}; rings have {len(question.plans)} ranks, counted from 0")
+    except (ValueError, OSError) as error:
+        raise _Refused(_sentence(error)) from None
+    return question
+
+
+def _sentence(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    tokens, count = _checked(read_tokens), _checked(_read_count)
+    known = ", ".join
+    add = parser.add_argument_group("the sequence").add_argument
+    add(
+        "--length",
+        type=tokens,
+        metavar="N",
+        help="tokens, as 65536, 64K or 1M (K = 1024, M = 1024 K); the documents' if left away",
+    )
+    add(
+        "--mask",
+        default="causal",
+        help='"causal", "full", "window(4095, 0)", "prefix(n)", "chunks(n)", joined by & (default: causal)',
+    )
+    add(
+        "--window",
+        type=_checked(_read_window),
+        metavar="N",
+        help="and: every token sees N tokens, itself included and the last",
+    )
+    add("--documents", metavar="FILE", help="and: packed documents, whose lengths stand in a text file")
+    add("--batch", type=count, default=1, metavar="N", help="rows of the batch (default: 1)")
+    add = parser.add_argument_group("the ranks").add_argument
+    add("--ranks", type=count, required=True, metavar="N", help="devices that share the sequence")
+    for name, names in (("layout", LAYOUT_NAMES), ("route", ROUTE_NAMES)):
+        add(f"--{name}", choices=names, default="auto", metavar="NAME", help=f"{known(names)} (default: auto)")
+    add("--ulysses", type=count, default=1, metavar="N", help="ranks that share a shard and its heads (default: 1)")
+    add = parser.add_argument_group("the heads").add_argument
+    for name, usual in _SHAPES.items():
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=count, metavar="N", help=f"default: {usual}, or the model's")
+    add("--dtype", choices=ITEMSIZE, default="bfloat16", metavar="NAME", help=f"{known(ITEMSIZE)} (default: bfloat16)")
+    add = parser.add_argument_group("the machine").add_argument
+    add("--hardware", default="h100", metavar="NAME", help=f"{known(machine_names())}, or a TOML file (default: h100)")
+    add("--ranks-per-node", type=count, metavar="N", help="default: the machine's")
+    for name in ("within", "between"):
+        add(f"--{name}", metavar="LINK", help=f"another link {name} nodes: {known(link_names())}")
+    add = parser.add_argument_group("the model").add_argument
+    add(
+        "--model",
+        choices=MODELS,
+        metavar="NAME",
+        help=f"what training it needs in memory, and its longest context; sets the heads, too: {known(MODELS)}",
+    )
+    add("--gpus", type=count, metavar="N", help="devices that train it (default: the ranks)")
+    add = parser.add_argument_group("output").add_argument
+    add("--rank", type=int, default=0, metavar="R", help="the rank whose schedule is printed (default: 0)")
+    add("--draw", metavar="FILE", help="draw who computes what and when (svg, png, pdf)")
+    add("--trace", metavar="FILE", help="write a timeline that ui.perfetto.dev opens (json)")
+    add("--json", action="store_true", help="print one JSON document instead of the report")
+
+
+def _read_count(text: str) -> int:
+    count = int(text) if text.isdecimal() else 0
+    if count < 1:
+        raise ValueError(f"{text!r} is given; a whole number from 1 is needed")
+    return count
+
+
+def _read_window(text: str) -> int:
+    if read_tokens(text) < 1:
+        raise ValueError(f"{text!r} is given; a token sees 1 token, itself, or more")
+    return read_tokens(text)
+
+
+def _checked(read: Callable[[str], int]) -> Callable[[str], int]:
+    """``read``, whose sentences argparse shows as they are."""
+
+    def checked(text: str) -> int:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

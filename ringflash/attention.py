@@ -27,6 +27,7 @@ from ringflash.recipe import recipes
 from ringflash.reference import Scoring
 from ringflash.route import ring
 from ringflash.shard import Sharding
+from ringflash.ulysses import head_share
 from ringflash.wire import Unconnected, Wire
 
 if TYPE_CHECKING:
@@ -206,7 +207,14 @@ def ring_attention(
                 f"ring_attention: {name} has {tensor.shape[1]} positions; rank {s.rank} of {s.ranks} holds "
                 f"{held} of {whole} in the {s.layout} layout: use s.shard(x, dim=1)"
             )
-    return _run(q, k, v, s.handle if mask is None else s.handle_under(mask), options, return_lse)
+    degree = s.heads_axis
+    assert isinstance(degree, int)
+    if q.shape[2] % degree:
+        try:
+            head_share(q.shape[2], k.shape[2], degree, 0, s.ranks)
+        except ValueError as error:
+            raise ValueError(f"ring_attention: {error}") from None
+    return _run(q, k, v, s.handle if mask is None else s.handle_under(mask), options, return_lse, degree > 1)
 
 
 class _OneDevice:
@@ -216,9 +224,9 @@ class _OneDevice:
         self.mask, self.q_offset = mask, q_offset
         self.handle = recipes.add(self)
 
-    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
+    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire, None]:
         one = derive(0, contiguous(queries, 1), contiguous(keys, 1), self.mask, ring, self.q_offset)
-        return one, Unconnected(0, 1)
+        return one, Unconnected(0, 1), None
 
 
 _one_device = lru_cache(maxsize=256)(_OneDevice)
@@ -316,11 +324,11 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor, rows: int) -> N
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, handle: Tensor, options: _Given, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor, options: _Given, return_lse: bool, split: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     options.check(q)
     scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
-    scoring = Scoring(scale, options.softcap, options.alibi_slopes, options.dropout_p)
+    scoring = Scoring(scale, options.softcap, options.alibi_slopes, options.dropout_p, first_head=0 if split else None)
     backend = options.backend
     if not torch.compiler.is_compiling():  # the operator chooses again, and for a captured graph alone
         if any(unpack_dual(x).tangent is not None for x in (q, k, v)):

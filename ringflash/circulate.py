@@ -1,80 +1,31 @@
 """The one loop that moves shards: every distributed form of attention here is a choice of cargo.
 
-                cargo that travels      what a visit returns     what comes home
-    forward     k, v                    nothing                  nothing: the partial stays with the queries
-    backward    k, v                    its share of dk, dv      dk, dv, by +
+                cargo that travels         what a visit returns     what comes home
+    forward     k, v                       nothing                  nothing: the partial stays with the queries
+    backward    k, v                       its share of dk, dv      dk, dv, by +
+    or          q, dout, lse, delta        its share of dq          dq, by +
 
-In every step a rank first posts the onward batch (the shard it holds leaves, the next one arrives), then computes with
-the shard it holds, then adds its share to the total that has come after it and posts that. So the transfer for step
-t + 1 is under way while step t computes, and a total is awaited only after the work that precedes it. At most two
-batches per step, onward then home, in the same order on every rank: no batch can wait for a later one.
+In every step a rank first posts the onward batches (what it holds leaves, what comes next arrives), then computes with
+the shard that is here, then adds its share to the totals that have come after it and posts those. So transfers are under
+way while it computes; a part is awaited in the step that uses it, and a total after the work that precedes it. Batches
+are posted in the same order on every rank, onward before home: none can wait for a later one.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from ringflash.plan import Plan
-from ringflash.route import Transfer
+from ringflash.freight import Freight, Parcel
+from ringflash.needs import Part, whole
+from ringflash.plan import Batch, Meeting, Plan
 from ringflash.wire import Pending, Wire
 
 Visitor = Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
 """``visit(shard, tensors)``: compute with what travelled, and return this rank's share of what comes home, if any."""
-
-_ALIGNMENT = 64  # bytes: tensors in a hop start where a fresh tensor would, so that every wire gives the same bits
-
-
-@dataclass(frozen=True)
-class Freight:
-    """What travels: for each tensor ``[batch, tokens, ...]`` its shape (tokens is the shard's, written 0) and dtype."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    device: torch.device
-
-    @classmethod
-    def like(cls, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Freight:
-        """The freight that carries such tensors, or their gradients in another ``dtype``."""
-        shapes = tuple((x.shape[0], 0, *x.shape[2:]) for x in tensors)
-        return cls(shapes, tuple(dtype or x.dtype for x in tensors), tensors[0].device)
-
-    def blank(self, tokens: int) -> Parcel:
-        """An unwritten parcel for a shard of so many tokens: one contiguous buffer, and the tensors inside it."""
-        shapes = [(batch, tokens, *rest) for batch, _, *rest in self.shapes]
-        sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, self.dtypes, strict=True)]
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-        buffer = torch.empty(starts[-1], dtype=torch.uint8, device=self.device)
-        spans = zip(starts, sizes, self.dtypes, shapes, strict=False)
-        return Parcel(buffer, tuple(buffer[at : at + n].view(dtype).view(shape) for at, n, dtype, shape in spans))
-
-    def zeros(self, tokens: int) -> Parcel:
-        """The parcel of a shard of so many tokens to which nobody has added."""
-        parcel = self.blank(tokens)
-        parcel.buffer.zero_()
-        return parcel
-
-    def pack(self, tensors: Sequence[Tensor]) -> Parcel:
-        """A parcel that holds a copy of ``tensors``, cast to the dtypes of this freight."""
-        parcel = self.blank(tensors[0].shape[1])
-        for inside, tensor in zip(parcel.tensors, tensors, strict=True):
-            inside.copy_(tensor)
-        return parcel
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """One contiguous buffer (uint8), and the tensors that are views of it."""
-
-    buffer: Tensor
-    tensors: tuple[Tensor, ...]
 
 
 def circulate(
@@ -83,74 +34,165 @@ def circulate(
     """Carry out ``plan``: call ``visit`` for every shard that this rank computes with, and bring results home.
 
     ``cargo`` are this rank's own tensors that travel, ``[batch, tokens, ...]`` each. With ``home``, what visits return is
-    added up per shard on its way, and the sum over all ranks for this rank's own shard is returned.
+    added up piece by piece on its way, and the sum over all ranks for this rank's own shard is returned.
     """
-    rank, freight = plan.rank, Freight.like(cargo)
     if plan.ranks > 1:
-        wire.warm_up(freight.device)
-    held = {rank: freight.pack(cargo)} if any(m.shard == rank for m in plan.legs.onward_out) else {}
-    own: tuple[Tensor, ...] | None = None  # this rank's share of its own total, which never travels
-    coming: dict[int, tuple[Pending, Parcel]] = {}  # totals on their way to this rank
-    leaving: deque[Pending] = deque()
-    for step in plan.steps:
-        arriving = {move.shard: freight.blank(plan.keys.tokens(move.shard)) for move in step.onward_in}
-        onward = _post(wire, step.onward_out, held, step.onward_in, arriving)
-        totals: dict[int, Parcel] = {}
-        for shard in step.visits:
-            share = visit(shard, tuple(cargo) if shard == rank else held[shard].tensors)
-            if shard == rank:
-                own = share
-            elif home and share is not None:
-                totals[shard] = _add_up(_awaited(coming, shard), share, home)
-        if home:
-            rooms = {move.shard: home.blank(plan.keys.tokens(move.shard)) for move in step.home_in}
-            homeward = _post(wire, step.home_out, totals, step.home_in, rooms)
-            coming |= {shard: (homeward, room) for shard, room in rooms.items()}
-            leaving.append(homeward)
-            if len(leaving) > 2:
-                leaving.popleft().wait()
-        onward.wait()
-        held |= arriving
+        wire.warm_up(cargo[0].device, plan.channels)
+    hold = _Hold(plan, cargo)
+    totals = _Totals(plan, home) if home else None
+    for number, step in enumerate(plan.steps):
+        hold.await_until(number)
+        for batch in step.onward:
+            with record_function(f"ringflash onward, for step {batch.due}"):
+                hold.post(wire, batch)
+        for meeting in step.visits:
+            with record_function(f"ringflash visit, step {number}, shard {meeting.shard}"):
+                share = visit(meeting.shard, hold.tensors(meeting.shard))
+            if totals and share is not None:
+                totals.add(meeting, share)
+        if totals:
+            for batch in step.home:
+                with record_function(f"ringflash home, step {number}"):
+                    totals.post(wire, batch)
+            totals.let_go()
         for shard in step.done_with:
-            held.pop(shard, None)
-    for pending in leaving:
-        pending.wait()
-    if home is None:
-        return None
-    arrived = _awaited(coming, rank)
-    if own is None:
-        return arrived.tensors if arrived else home.zeros(cargo[0].shape[1]).tensors
-    return own if arrived is None else _add_up(arrived, own, home).tensors
+            hold.drop(shard)
+    hold.await_until(len(plan.steps) + plan.ranks)
+    return totals.arrive(cargo[0].shape[1]) if totals else None
 
 
-def _post(
-    wire: Wire,
-    out: Sequence[Transfer],
-    parcels: Mapping[int, Parcel],
-    back: Sequence[Transfer],
-    rooms: Mapping[int, Parcel],
-) -> Pending:
-    """One batch: what leaves from ``parcels``, and what comes into ``rooms``, both by shard."""
-    return wire.exchange(
-        [(move.peer, parcels[move.shard].buffer) for move in out],
-        [(move.peer, rooms[move.shard].buffer) for move in back],
-    )
+class _Hold:
+    """What travels, as far as it is here or on its way here."""
+
+    def __init__(self, plan: Plan, cargo: Sequence[Tensor]) -> None:
+        self._rank, self._cargo, self._freight = plan.rank, tuple(cargo), Freight.like(cargo)
+        self._parts = {plan.rank: whole(plan.rank, cargo[0].shape[1])}
+        self._parcels: dict[int, Parcel] = {}
+        self._coming: defaultdict[int, list[Pending]] = defaultdict(list)  # by the step that uses them
+        self._packed: tuple[Part, Parcel] | None = None  # the last part of a shard that was cut out to be sent
+
+    def await_until(self, step: int) -> None:
+        """What is used in this step, or was before, is here; what left for it is gone."""
+        for due in sorted(due for due in self._coming if due <= step):
+            for pending in self._coming.pop(due):
+                pending.wait()
+
+    def post(self, wire: Wire, batch: Batch) -> None:
+        rooms = [(message, self._freight.blank(message.part.tokens)) for message in batch.back]
+        sends = [(message.peer, self._cut(message.part).buffer) for message in batch.out]
+        pending = wire.exchange(sends, [(m.peer, room.buffer) for m, room in rooms], batch.channel)
+        self._coming[batch.due].append(pending)
+        for message, room in rooms:
+            self._parts[message.part.shard], self._parcels[message.part.shard] = message.part, room
+
+    def tensors(self, shard: int) -> tuple[Tensor, ...]:
+        return self._cargo if shard == self._rank else self._parcels[shard].tensors
+
+    def drop(self, shard: int) -> None:
+        self._parcels.pop(shard, None)
+        if self._packed and self._packed[0].shard == shard:
+            self._packed = None
+
+    def _cut(self, part: Part) -> Parcel:
+        """The parcel of a part of what is here: what came, if all of it goes on."""
+        held = self._parts[part.shard]
+        if part.shard != self._rank and part == held:
+            return self._parcels[part.shard]
+        if self._packed is None or self._packed[0] != part:
+            parcel = self._freight.blank(part.tokens)
+            for inside, tensor in zip(parcel.tensors, self.tensors(part.shard), strict=True):
+                for to, here in part.inside(held):
+                    inside[:, to].copy_(tensor[:, here])
+            self._packed = part, parcel
+        return self._packed[1]
 
 
-def _awaited(coming: dict[int, tuple[Pending, Parcel]], shard: int) -> Parcel | None:
-    """The total of ``shard`` that earlier visitors have sent, once it is here; None if this rank is the first."""
-    if shard not in coming:
-        return None
-    pending, parcel = coming.pop(shard)
-    pending.wait()
-    return parcel
+class _Totals:
+    """Sums on their way home: those that came to this rank, and this rank's shares of those that leave."""
+
+    def __init__(self, plan: Plan, freight: Freight) -> None:
+        self._rank, self._freight = plan.rank, freight
+        self._shares: dict[int, tuple[Part, tuple[Tensor, ...]]] = {}
+        self._coming: defaultdict[int, list[tuple[Pending, Part, Parcel]]] = defaultdict(list)
+        self._leaving: deque[list[Pending]] = deque()
+        self._posted: list[Pending] = []
+
+    def add(self, meeting: Meeting, share: tuple[Tensor, ...]) -> None:
+        """This rank's share of a shard; that of its own never travels."""
+        self._shares[meeting.shard] = meeting.part, share
+
+    def post(self, wire: Wire, batch: Batch) -> None:
+        rooms = [(message, self._freight.blank(message.part.tokens)) for message in batch.back]
+        sends = [(message.peer, self._total(message.part).buffer) for message in batch.out]
+        pending = wire.exchange(sends, [(m.peer, room.buffer) for m, room in rooms], batch.channel)
+        for message, room in rooms:
+            self._coming[message.part.shard].append((pending, message.part, room))
+        self._posted.append(pending)
+
+    def let_go(self) -> None:
+        """The step is over: buffers that left two steps ago are no longer needed."""
+        self._leaving.append(self._posted)
+        self._posted = []
+        while len(self._leaving) > 2:
+            for pending in self._leaving.popleft():
+                pending.wait()
+        for shard in [shard for shard in self._shares if shard != self._rank]:
+            del self._shares[shard]
+            self._coming.pop(shard, None)
+
+    def arrive(self, tokens: int) -> tuple[Tensor, ...]:
+        """All contributions to this rank's own shard: its own share, and the totals in the order in which they were posted."""
+        for posted in self._leaving:
+            for pending in posted:
+                pending.wait()
+        own = whole(self._rank, tokens)
+        coming = self._coming.pop(self._rank, [])
+        if self._rank in self._shares:
+            total = self._shares[self._rank][1]
+        elif len(coming) == 1 and coming[0][1] == own:
+            return coming[0][2].tensors
+        else:
+            total = self._freight.zeros(tokens).tensors
+        for _, part, parcel in coming:
+            _add(total, own, parcel.tensors, part)
+        return total
+
+    def _total(self, part: Part) -> Parcel:
+        """Of one part of the shard that this rank has just computed with: what came, plus its share."""
+        held, share = self._shares[part.shard]
+        coming = self._coming.get(part.shard, [])
+        for pending, _, _ in coming:
+            pending.wait()
+        same = next((parcel for _, came, parcel in coming if came == part), None)
+        if same is not None:
+            _add(same.tensors, part, share, held)
+            return same
+        if part == held:
+            total = self._freight.pack(share)
+        else:
+            total = self._freight.zeros(part.tokens)
+            _add(total.tensors, part, share, held)
+        for _, came, parcel in coming:
+            _add(total.tensors, part, parcel.tensors, came)
+        return total
 
 
-def _add_up(total: Parcel | None, share: Sequence[Tensor], home: Freight | None) -> Parcel:
-    """The total with a share added to it in place; the first share becomes the total."""
-    if total is None:
-        assert home is not None
-        return home.pack(share)
-    for tensor, mine in zip(total.tensors, share, strict=True):
-        tensor.add_(mine)
-    return total
+def _add(total: Sequence[Tensor], part: Part, share: Sequence[Tensor], of: Part) -> None:
+    """Add to the tensors of ``part`` those tokens of another part that it holds too."""
+    for here, there in _common(part, of):
+        for tensor, mine in zip(total, share, strict=True):
+            tensor[:, here].add_(mine[:, there])
+
+
+def _common(a: Part, b: Part) -> list[tuple[slice, slice]]:
+    """Where the tokens that two parts share are in each of them, run by run."""
+    if a == b:
+        return [(slice(0, a.tokens), slice(0, b.tokens))]
+    both, i, j = [], 0, 0
+    while i < len(a.spans) and j < len(b.spans):
+        (a0, a1), (b0, b1) = a.spans[i], b.spans[j]
+        if max(a0, b0) < min(a1, b1):
+            both.append((max(a0, b0), min(a1, b1)))
+        i, j = (i + 1, j) if a1 <= b1 else (i, j + 1)
+    shared = Part(a.shard, tuple(both))
+    return [(x, y) for (_, x), (_, y) in zip(shared.inside(a), shared.inside(b), strict=True)]

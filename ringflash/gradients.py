@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ringflash.wire import Wire
+from ringflash.wire import Collectives
 
 
 @dataclass
@@ -35,7 +35,7 @@ class GradientSum:
     under way see this rank's share.
     """
 
-    def __init__(self, model: nn.Module, wire: Wire) -> None:
+    def __init__(self, model: nn.Module, wire: Collectives) -> None:
         self._model, self._wire = model, wire
         self._parameters: list[nn.Parameter] = []
         self._hooks: list[RemovableHandle] = []

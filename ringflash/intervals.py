@@ -68,12 +68,12 @@ class Intervals:
     @property
     def query_positions(self) -> Tensor:
         """Global positions of the queries, int32 ``[s_q]``, for ALiBi and dropout."""
-        return self._visits.positions.tensors[0]
+        return self._visits.side(0, self._place)
 
     @property
     def key_positions(self) -> Tensor:
         """Global positions of the keys, int32 ``[s_k]``."""
-        return self._visits.positions.tensors[1 + self._place]
+        return self._visits.side(1, self._place)
 
     @property
     def queries(self) -> Tensor:
@@ -127,10 +127,11 @@ class _Visits:
         self._made: dict[object, _Copied] = {}
         self.rows = self._once("rows", lambda: [table for pair in plan.tables(self.shards) for table in pair])
 
-    @property
-    def positions(self) -> _Copied:
-        """Of the queries, then of the keys of each shard."""
-        return self._once("positions", self._positions)
+    def side(self, side: int, place: int) -> Tensor:
+        """Global positions of the queries (0) or the keys (1) of a visit; one of the two is the same in all visits."""
+        copied = self._once("positions", self._positions)
+        stays = 0 if self._plan.travels == "keys" else 1
+        return copied.tensors[0 if side == stays else 1 + place]
 
     def blocks(self, ranges: Callable[..., np.ndarray], block_q: int, block_k: int) -> _Copied:
         """For each shard its block ranges, found by ``ranges`` row by row."""
@@ -154,12 +155,14 @@ class _Visits:
                 f"positions from {first} to {past - 1} under ALiBi or dropout; they need to fit into 32 bits: use a "
                 "smaller q_offset"
             )
-        return [self._plan.q_positions, *map(self._plan.keys.positions, self.shards)]
+        sides = [self._plan.sides(shard) for shard in self.shards]
+        stays, travels = (0, 1) if self._plan.travels == "keys" else (1, 0)
+        return [side[stays] for side in sides[:1]] + [side[travels] for side in sides]
 
     def _blocks(self, ranges: Callable[..., np.ndarray], block_q: int, block_k: int) -> list[np.ndarray]:
         pairs = zip(self.rows.host[::2], self.rows.host[1::2], strict=True)
         return [
-            np.stack([ranges(*row, self._plan.keys.tokens(shard), block_q, block_k) for row in zip(*pair, strict=True)])
+            np.stack([ranges(*row, self._plan.key_tokens(shard), block_q, block_k) for row in zip(*pair, strict=True)])
             for shard, pair in zip(self.shards, pairs, strict=True)
         ]
 
@@ -235,7 +238,7 @@ class _Cache:
             return tables.get(shard) or Intervals(plan, shard, device)
 
     def _fits(self) -> bool:
-        shardings = {(p.queries, p.keys, p.mask, p.route, p.q_offset) for p, _ in self._kept}
+        shardings = {p.problem for p, _ in self._kept}
         return len(shardings) <= self._shardings and self.nbytes <= self._most
 
     @property

@@ -14,17 +14,18 @@ ring-flash-attention and Llama 3 (arXiv 2407.21783).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
-
-from ringflash.mask import Mask
 
 
 @dataclass(frozen=True)
 class Layout:
     """For each rank, its positions as runs: ``runs[rank]`` is a tuple of non-empty, ascending ranges in order.
+
+    ``name`` is for messages; layouts that place every position alike are equal.
 
     >>> zigzag(12, 2).runs
     ((range(0, 3), range(9, 12)), (range(3, 9),))
@@ -33,18 +34,23 @@ class Layout:
     """
 
     runs: tuple[tuple[range, ...], ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash(self.runs))  # thousands of runs on a large ring, hashed once
+    name: str = field(default="", compare=False)
 
     def __hash__(self) -> int:
-        return int(self._hash)  # type: ignore[attr-defined]
+        return self._hash
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Layout, (self.runs, self.name)  # a hash is of one process
+
+    @cached_property
+    def _hash(self) -> int:  # thousands of runs on a large ring, hashed once
+        return hash(self.runs)
 
     @property
     def ranks(self) -> int:
         return len(self.runs)
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Number of positions held by all ranks together."""
         return sum(map(self.tokens, range(self.ranks)))
@@ -83,21 +89,43 @@ class Layout:
         index[at:] = held
         return index
 
+    def split(self, ways: int) -> Layout:
+        """Each shard cut into ``ways`` parts of neighbours: rank ``r * ways + i`` holds part i of the shard of r.
+
+        >>> zigzag(12, 2).split(2).runs
+        ((range(0, 3),), (range(9, 12),), (range(3, 6),), (range(6, 9),))
+        """
+        return self if ways == 1 else _split(self, ways)
+
     def check(self) -> None:
         """Raise ``ValueError`` unless every position is on exactly one rank, in ascending order."""
-        held = [_positions(runs) for runs in self.runs]
-        for rank, positions in enumerate(held):
-            if (np.diff(positions) <= 0).any() or any(len(run) == 0 for run in self.runs[rank]):
-                raise ValueError(f"layout: rank {rank} holds {self.runs[rank]}; runs must be non-empty and ascending")
-        everything = np.sort(np.concatenate(held)) if held else np.zeros(0, int)
-        if not np.array_equal(everything, np.arange(len(everything))):
-            raise ValueError("layout: every position from 0 to the length must be on exactly one rank")
+        if self._fault is not None:
+            raise ValueError(self._fault)
+
+    @cached_property
+    def _fault(self) -> str | None:
+        """The sentence about what keeps this from being a partition."""
+        for rank, runs in enumerate(self.runs):
+            if not _ascend(runs):
+                return f"layout: rank {rank} holds {runs[:9]}; runs must be non-empty and ascending"
+        everything = sorted((run for runs in self.runs for run in runs), key=lambda run: run.start)
+        if all(run.step == 1 for run in everything):
+            edges = [0, *(edge for run in everything for edge in (run.start, run.stop))]
+            whole = edges[:-1:2] == edges[1::2]
+        else:
+            held = np.sort(np.concatenate([_positions(runs) for runs in self.runs]))
+            whole = np.array_equal(held, np.arange(len(held)))
+        return None if whole else "layout: every position from 0 to the length must be on exactly one rank"
 
     def __repr__(self) -> str:
-        shown = "; ".join(
-            f"{r}: {' '.join(_spell(x) for x in runs) or 'nothing'}" for r, runs in enumerate(self.runs[:4])
+        shown = "; ".join(f"{rank}: {_spell(runs)}" for rank, runs in enumerate(self.runs[:4]))
+        named = f"{self.name}, " if self.name else ""
+        return (
+            f"Layout({named}{self.length} positions on {self.ranks} ranks: {shown}{'; ...' if self.ranks > 4 else ''})"
         )
-        return f"Layout({self.length} positions on {self.ranks} ranks: {shown}{'; ...' if self.ranks > 4 else ''})"
+
+    def __str__(self) -> str:
+        return self.name or repr(self)
 
 
 def contiguous(length: int, ranks: int) -> Layout:
@@ -119,17 +147,6 @@ def striped(length: int, ranks: int) -> Layout:
 LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
 
 
-def choose(length: int, ranks: int, mask: Mask) -> str:
-    """The name that ``layout="auto"`` stands for, from what is equal on all ranks.
-
-    Work that grows along the whole sequence (causal, prefix) is balanced by zigzag. Where a query sees only its
-    neighbourhood (window, documents, chunks), or everything, neighbours stay together and most hops vanish.
-    """
-    local = mask.left is not None or mask.documents or mask.chunks
-    grows = mask.right is not None or mask.prefix is not None
-    return "zigzag" if grows and not local and length >= 2 * ranks else "contiguous"
-
-
 def _solid(*runs: range) -> tuple[range, ...]:
     """The runs that hold something, with neighbours joined."""
     joined: list[range] = []
@@ -143,6 +160,30 @@ def _solid(*runs: range) -> tuple[range, ...]:
     return tuple(joined)
 
 
+def _ascend(runs: tuple[range, ...]) -> bool:
+    """Does every run hold something, in ascending order, behind the end of the one before?"""
+    solid = all(len(run) and run.step > 0 for run in runs)
+    return solid and all(a[-1] < b[0] for a, b in pairwise(runs))
+
+
+@lru_cache(maxsize=64)
+def _split(layout: Layout, ways: int) -> Layout:
+    parts = []
+    for rank, runs in enumerate(layout.runs):
+        cuts = [i * layout.tokens(rank) // ways for i in range(ways + 1)]
+        parts += [_cut(runs, a, b) for a, b in pairwise(cuts)]
+    return Layout(tuple(parts), layout.name)
+
+
+def _cut(runs: tuple[range, ...], start: int, stop: int) -> tuple[range, ...]:
+    """Of the positions in ``runs``, counted from 0, those from ``start`` to ``stop``."""
+    held, pieces = 0, []
+    for run in runs:
+        pieces.append(run[max(start - held, 0) : max(stop - held, 0)])
+        held += len(run)
+    return tuple(piece for piece in pieces if len(piece))
+
+
 @lru_cache(maxsize=256)
 def _positions(runs: tuple[range, ...]) -> np.ndarray:
     positions = np.concatenate(
@@ -152,5 +193,6 @@ def _positions(runs: tuple[range, ...]) -> np.ndarray:
     return positions
 
 
-def _spell(run: range) -> str:
-    return f"[{run.start}, {run[-1] + 1})" + ("" if run.step == 1 else f" by {run.step}")
+def _spell(runs: tuple[range, ...]) -> str:
+    spelled = [f"[{x.start}, {x[-1] + 1})" + ("" if x.step == 1 else f" by {x.step}") for x in runs[:3]]
+    return " ".join(spelled) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "") or "nothing"

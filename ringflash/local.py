@@ -24,6 +24,9 @@ from torch import Tensor
 from ringflash.errors import DeadlockError, WireError
 from ringflash.wire import Message
 
+Lane = tuple[int, int, int]
+"""Who sends, who receives, and the channel."""
+
 
 class LocalWorld:
     """``ranks`` ranks in this process; made by :func:`local_world`."""
@@ -94,16 +97,17 @@ class LocalWire:
         self.rank, self.ranks, self._state = rank, state.ranks, state
         self._rounds = 0
 
-    def warm_up(self, device: torch.device) -> None:
+    def warm_up(self, device: torch.device, channels: int = 1) -> None:
         """Nothing to connect."""
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _LocalPending:
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message], channel: int = 0) -> _LocalPending:
         for peer, buffer in sends:
-            self._state.mail[self.rank, peer].append(buffer.detach().clone())
+            self._state.mail[self.rank, peer, channel].append(buffer.detach().clone())
         tickets = []
-        for peer, buffer in receives:  # the n-th receive from a peer gets its n-th message
-            self._state.asked[peer, self.rank] += 1
-            tickets.append((peer, self._state.asked[peer, self.rank] - 1, buffer))
+        for peer, buffer in receives:  # the n-th receive from a peer gets its n-th message on this channel
+            lane = peer, self.rank, channel
+            tickets.append((lane, self._state.asked[lane], buffer))
+            self._state.asked[lane] += 1
         return _LocalPending(self, tickets)
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -125,10 +129,12 @@ class LocalWire:
             del self._state.tables[self._rounds], self._state.read[self._rounds]
         return everyone
 
-    def receive(self, peer: int, number: int, buffer: Tensor) -> None:
-        box = self._state.mail[peer, self.rank]
-        taken = self._state.taken[peer, self.rank]
-        self._state.wait_until(self.rank, lambda: number < taken + len(box), f"message {number} of rank {peer}")
+    def receive(self, lane: Lane, number: int, buffer: Tensor) -> None:
+        """Wait for the message of this number that comes by ``lane``, and copy it into ``buffer``."""
+        peer, _, channel = lane
+        box, taken = self._state.mail[lane], self._state.taken[lane]
+        what = f"message {number} of rank {peer}" + (f" on channel {channel}" if channel else "")
+        self._state.wait_until(self.rank, lambda: number < taken + len(box), what)
         message = box[number - taken]
         if message.shape != buffer.shape or message.dtype != buffer.dtype:
             raise WireError(
@@ -139,17 +145,17 @@ class LocalWire:
         box[number - taken] = None
         while box and box[0] is None:
             box.popleft()
-            self._state.taken[peer, self.rank] += 1
+            self._state.taken[lane] += 1
 
 
 @dataclass
 class _LocalPending:
     wire: LocalWire
-    tickets: list[tuple[int, int, Tensor]]
+    tickets: list[tuple[Lane, int, Tensor]]
 
     def wait(self) -> None:
-        for peer, number, buffer in self.tickets:
-            self.wire.receive(peer, number, buffer)
+        for lane, number, buffer in self.tickets:
+            self.wire.receive(lane, number, buffer)
         self.tickets = []
 
 
@@ -158,9 +164,9 @@ class _State:
     """What the ranks of one run share. Only the holder of the baton touches it."""
 
     ranks: int
-    mail: dict[tuple[int, int], deque[Any]] = field(default_factory=lambda: defaultdict(deque))
-    asked: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
-    taken: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
+    mail: dict[Lane, deque[Any]] = field(default_factory=lambda: defaultdict(deque))
+    asked: dict[Lane, int] = field(default_factory=lambda: defaultdict(int))
+    taken: dict[Lane, int] = field(default_factory=lambda: defaultdict(int))
     tables: dict[int, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     read: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     error: BaseException | None = None

@@ -126,6 +126,30 @@ class Mask:
             hi = np.minimum(hi, np.concatenate([offsets, offsets[-1:]])[document])
         return lo, np.maximum(lo, hi)
 
+    def seers(self, positions: np.ndarray, row: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """``bounds``, the other way round: the queries ``[lo, hi)`` that see the keys at ``positions`` (0 or more).
+
+        >>> [list(map(int, x)) for x in window(1, 0).seers(np.arange(3))]
+        [[0, 1, 2], [2, 3, 4]]
+        """
+        k = np.asarray(positions, dtype=np.int64)
+        lo, hi = np.full_like(k, -FAR), np.full_like(k, FAR)
+        if self.left is not None:
+            hi = np.minimum(hi, k + self.left + 1)
+        if self.right is not None:
+            lo = np.maximum(lo, k - self.right)
+        if self.prefix is not None:
+            lo = np.maximum(lo, np.where(k < self.prefix, 0, k))
+        for size in self.chunks:
+            start = k // size * size
+            lo, hi = np.maximum(lo, start), np.minimum(hi, start + size)
+        if self.documents:
+            offsets = np.asarray(self.documents[row if len(self.documents) > 1 else 0], dtype=np.int64)
+            document = np.searchsorted(offsets, k, side="right")
+            lo = np.maximum(lo, np.concatenate([offsets[:1], offsets])[document])
+            hi = np.minimum(hi, np.concatenate([offsets, offsets[-1:]])[document])
+        return lo, np.maximum(lo, hi)
+
     def draw(self, length: int, keys: int | None = None, *, q_offset: int = 0, row: int = 0) -> str:
         """The mask as text, one line per query: ``█`` a key that is seen, ``·`` one that is not.
 

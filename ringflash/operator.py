@@ -10,18 +10,20 @@ Backward: with the lse and delta of the whole row, p = exp(s - lse) is the final
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ringflash.backend import select
-from ringflash.circulate import Freight, circulate
+from ringflash.backend import Backend, select
+from ringflash.circulate import circulate
+from ringflash.freight import Freight
 from ringflash.intervals import intervals_of
 from ringflash.partial import Partial, accumulation_dtype, owned
-from ringflash.plan import Plan
+from ringflash.plan import Cost, Plan, cheaper_backward
 from ringflash.recipe import recipes
 from ringflash.reference import Scoring
+from ringflash.wire import Wire
 
 
 @torch.library.custom_op("ringflash::attend", mutates_args=())
@@ -39,8 +41,13 @@ def attend(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    plan, wire = recipes[handle].bind(q.shape[1], k.shape[1])
+    plan, wire, swap = recipes[handle].bind(q.shape[1], k.shape[1])
     scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
+    heads = q.shape[2], k.shape[2]
+    if swap:
+        mine = swap.share(*heads).queries
+        scoring, sinks = scoring.of_heads(mine), None if sinks is None else sinks[mine]
+        (q,), (k, v) = swap.pool((q,), (k, v))
     engine = select(backend, q, v, scoring)
     dtype = accumulation_dtype(q.dtype)
     total = None if sinks is None else _sink(sinks, q, v)
@@ -53,7 +60,11 @@ def attend(
 
     circulate(plan, wire, (k, v), visit)
     out, lse = owned(total, q, v)
-    return out.to(q.dtype), lse
+    out = out.to(q.dtype)
+    if swap:
+        (out, rows), _ = swap.spread((out, lse.transpose(1, 2)), (), *heads)
+        lse = rows.transpose(1, 2).contiguous()
+    return out, lse
 
 
 @torch.library.custom_op("ringflash::attend_backward", mutates_args=())
@@ -75,36 +86,108 @@ def attend_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan, wire = recipes[handle].bind(q.shape[1], k.shape[1])
+    plan, wire, swap = recipes[handle].bind(q.shape[1], k.shape[1])
     scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
-    engine = select(backend, q, v, scoring)
-    dtype = lse.dtype
+    heads, dtypes = (q.shape[2], k.shape[2]), (q.dtype, k.dtype, v.dtype)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # once, and not in every visit
+    delta = select(backend, q, v, scoring).delta(dout, out, dlse)
+    dsinks = q.new_zeros(0) if sinks is None else _sink_gradient(sinks, lse, delta)
+    if swap:
+        mine = swap.share(*heads).queries
+        scoring = scoring.of_heads(mine)
+        rows = (x.transpose(1, 2) for x in (lse, delta))
+        (q, dout, lse, delta), (k, v) = swap.pool((q, dout, *rows), (k, v))
+        lse, delta = (x.transpose(1, 2).contiguous() for x in (lse, delta))
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    delta = engine.delta(dout, out, dlse)
-    dq: Tensor | None = None
-    last = _last_visit(plan)
-    travelling = k.dtype if plan.ranks == 1 else dtype
+    engine = select(backend, q, v, scoring)
+    plan = cheaper_backward(plan, *_costs(q, k, v, lse.dtype))
+    handed_over = k.dtype if plan.ranks == 1 and not swap else lse.dtype  # what is still to be summed stays wide
+    work = _Backward(plan, wire, engine, scoring, deterministic, handed_over, q, k, v, dout, lse, delta)
+    gradients = work.keys_travel() if plan.travels == "keys" else work.queries_travel()
+    if swap:
+        (dq,), shares = swap.spread(gradients[:1], gradients[1:], *heads)
+        gradients = (dq, *shares)
+    dq, dk, dv = (_own(gradient, dtype) for gradient, dtype in zip(gradients, dtypes, strict=True))
+    return dq, dk, dv, dsinks
 
-    def visit(shard: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal dq
-        dtypes = (q.dtype if shard == last else dtype, travelling)
-        table = intervals_of(plan, shard, q.device)
-        dq, *share = engine.attend_backward(dout, q, *tensors, lse, delta, table, scoring, dq, dtypes, deterministic)
-        return tuple(share)
 
-    dk, dv = circulate(plan, wire, (k, v), visit, home=Freight.like((k, v), dtype)) or ()
-    dq = q.new_zeros(q.shape) if dq is None else dq
-    dsinks = q.new_zeros(0)
-    if sinks is not None:  # the sink's value is 0, so its ds is -p delta
-        share = torch.exp(sinks.to(dtype)[:, None] - torch.where(lse == -torch.inf, 0.0, lse))
-        dsinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
-    return dq, _own(dk, k.dtype), _own(dv, v.dtype), dsinks
+class _Backward(NamedTuple):
+    """What both ways through the backward need; they return dq, dk, dv, in the accumulation dtype or the final one."""
+
+    plan: Plan
+    wire: Wire
+    engine: Backend
+    scoring: Scoring
+    deterministic: bool
+    handed_over: torch.dtype
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    def keys_travel(self) -> tuple[Tensor, ...]:
+        """Keys and values come by; dq stays here, dk and dv go home."""
+        plan, q, k, v, dtype = self.plan, self.q, self.k, self.v, self.lse.dtype
+        dq: Tensor | None = None
+        last = _last_visit(plan)
+
+        def visit(shard: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            nonlocal dq
+            dtypes = (q.dtype if shard == last else dtype, self.handed_over)
+            table = intervals_of(plan, shard, q.device)
+            dq, *share = self.engine.attend_backward(
+                self.dout, q, *tensors, self.lse, self.delta, table, self.scoring, dq, dtypes, self.deterministic
+            )
+            return tuple(share)
+
+        dk, dv = circulate(plan, self.wire, (k, v), visit, home=Freight.like((k, v), dtype)) or ()
+        return (q.new_zeros(q.shape) if dq is None else dq), dk, dv
+
+    def queries_travel(self) -> tuple[Tensor, ...]:
+        """Queries come by with all that their rows need; dk and dv stay here, dq goes home."""
+        plan, k, v, dtype = self.plan, self.k, self.v, self.lse.dtype
+        sums: list[Tensor] = []
+
+        def visit(shard: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            q, dout, *rows = tensors
+            lse, delta = (x.transpose(1, 2).contiguous() for x in rows)
+            table = intervals_of(plan, shard, k.device)
+            dq, *share = self.engine.attend_backward(
+                dout, q, k, v, lse, delta, table, self.scoring, None, (dtype, dtype), self.deterministic
+            )
+            if sums:
+                for total, mine in zip(sums, share, strict=True):
+                    total.add_(mine)
+            else:
+                sums.extend(share)
+            return (dq,)
+
+        rows = (x.transpose(1, 2).contiguous() for x in (self.lse, self.delta))
+        cargo = (self.q, self.dout, *rows)
+        (dq,) = circulate(plan, self.wire, cargo, visit, home=Freight.like((self.q,), dtype)) or ()
+        dk, dv = sums or (k.new_zeros(k.shape), v.new_zeros(v.shape))
+        return dq, dk, dv
+
+
+def _costs(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """Bytes per token if keys travel, and if queries do: k, v against dk, dv; q, dout, lse, delta against dq."""
+    dims, size = k.shape[3] + v.shape[3], q.element_size()
+    keys = Cost(k.shape[2] * dims * size, k.shape[2] * dims * dtype.itemsize)
+    queries = Cost(q.shape[2] * (dims * size + 2 * dtype.itemsize), q.shape[2] * q.shape[3] * dtype.itemsize)
+    return keys, queries
+
+
+def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The sink's value is 0, so its ds is -p delta; summed over this rank's queries."""
+    share = torch.exp(sinks.to(lse.dtype)[:, None] - torch.where(lse == -torch.inf, 0.0, lse))
+    return -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
 
 
 def _last_visit(plan: Plan) -> int | None:
     """The shard that this rank computes with last: results in their final dtype come from there."""
-    return next((shard for step in reversed(plan.steps) for shard in step.visits), None)
+    return plan.meetings[-1].shard if plan.meetings else None
 
 
 def _sink(logits: Tensor, q: Tensor, v: Tensor) -> Partial:

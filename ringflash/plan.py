@@ -1,7 +1,7 @@
-"""What one rank does, hop by hop: derived from layout x mask x route, never written by hand.
+"""What one rank does, step by step: derived from layout x mask x route, never written by hand.
 
 Layouts, masks and routes do not know each other. A plan puts three questions to them: which keys can a query see
-(``mask.bounds``), where do those stand in a shard (``layout.below``), and who carries that shard past (``route.legs``).
+(``mask.bounds``), where do those stand in a shard (``layout.below``), and where is that shard when (``route.tour``).
 Zigzag's three-way branch, the off-by-one of stripes, hops that a window makes needless and the edges of documents are
 no code: they fall out as facts, and ``verify`` checks them for any set of plans.
 
@@ -11,32 +11,53 @@ numbers per query row are all that a kernel ever learns of masks and layouts.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from ringflash.errors import PlanError
 from ringflash.layout import Layout
 from ringflash.mask import Mask
-from ringflash.route import Legs, Route, Transfer
+from ringflash.needs import Needs, Part, find_needs, whole
+from ringflash.route import Legs, Route, Transfer, carried, legs, tour_of, visited
 
 _Item = TypeVar("_Item")
+Side = Literal["keys", "queries"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one rank does in one step: at most one batch onward, one visit, one batch home."""
+class Message(NamedTuple):
+    """One end of a message: ``part`` leaves for, or comes from, rank ``peer``."""
 
-    onward_out: tuple[Transfer, ...]
-    onward_in: tuple[Transfer, ...]
-    visits: tuple[int, ...]
-    """The shard that this rank computes with, if any."""
-    home_out: tuple[Transfer, ...]
-    home_in: tuple[Transfer, ...]
+    peer: int
+    part: Part
+
+
+class Batch(NamedTuple):
+    """Messages that are posted together, on one channel, and used in step ``due``."""
+
+    due: int
+    channel: int
+    out: tuple[Message, ...]
+    back: tuple[Message, ...]
+
+
+class Meeting(NamedTuple):
+    """In ``step`` this rank computes with ``part`` of ``shard``, which is here; its own shard is here as a whole."""
+
+    step: int
+    shard: int
+    part: Part
+
+
+class Step(NamedTuple):
+    """What one rank does in one step: post what goes onward, compute, post what goes home."""
+
+    onward: tuple[Batch, ...]
+    visits: tuple[Meeting, ...]
+    home: tuple[Batch, ...]
     done_with: tuple[int, ...]
     """Shards that this rank has used for the last time when the step is over."""
 
@@ -45,7 +66,8 @@ class Step:
 class Plan:
     """The work of ``rank``: its queries are ``queries.positions(rank) + q_offset``, the shards are those of ``keys``.
 
-    Made by :func:`derive` (from a sharding: ``rf.plan(s)``). Printing a plan shows its steps.
+    ``travels`` says which side goes round: keys (and values), or queries. Made by :func:`derive` (from a sharding:
+    ``rf.plan(s)``). Printing a plan shows its steps.
     """
 
     rank: int
@@ -54,51 +76,123 @@ class Plan:
     mask: Mask
     route: Route
     q_offset: int = 0
+    travels: Side = "keys"
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rank, *self.problem))
+
+    @property
+    def problem(self) -> tuple[Any, ...]:
+        """What the plans of all ranks have in common."""
+        return self.queries, self.keys, self.mask, self.route, self.q_offset, self.travels
 
     @property
     def ranks(self) -> int:
         return self.queries.ranks
 
+    @property
+    def moving(self) -> Layout:
+        """The layout of what travels."""
+        return self.keys if self.travels == "keys" else self.queries
+
+    @property
+    def turned(self) -> Plan:
+        """The plan of the same rank if the other side travelled."""
+        return derive(self.rank, *self.problem[:-1], "queries" if self.travels == "keys" else "keys")
+
+    @cached_property
+    def needs(self) -> Needs:
+        """Which pieces of the side that travels each rank computes with."""
+        return needs(self.queries, self.keys, self.mask, self.q_offset, self.travels)
+
+    @property
+    def channels(self) -> int:
+        """How many channels the messages of all ranks use."""
+        return tour_of(self.route, self.ranks).channels
+
     @cached_property
     def legs(self) -> Legs:
-        return self.route.legs(self.rank, needs(self.queries, self.keys, self.mask, self.q_offset))
+        return legs(self.route, self.rank, self.needs)
+
+    @cached_property
+    def meetings(self) -> tuple[Meeting, ...]:
+        """All visits of this rank in the order of their steps, each with the part of the shard that is here."""
+        here = {move.shard: move.pieces for move in self.legs.onward_in}
+        own = whole(self.rank, self.moving.tokens(self.rank))
+        return tuple(
+            Meeting(visit.step, visit.shard, own if visit.shard == self.rank else self.needs.part(here[visit.shard]))
+            for visit in self.legs.visits
+        )
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """The legs of this rank in the order of their steps: what the loop carries out."""
-        legs = self.legs
-        last_use = {use.shard: use.step for use in sorted(legs.uses, key=lambda use: use.step)}
+        moves = self.legs
+        uses = sorted((use.step, use.shard) for use in moves.uses)
+        last_use = {shard: step for step, shard in uses}
         phases: dict[str, dict[int, list[Any]]] = {
-            "onward_out": _by_step((m.step, m) for m in legs.onward_out),
-            "onward_in": _by_step((m.step, m) for m in legs.onward_in),
-            "visits": _by_step((v.step, v.shard) for v in legs.visits),
-            "home_out": _by_step((m.step, m) for m in legs.home_out),
-            "home_in": _by_step((m.step, m) for m in legs.home_in),
+            "onward": _by_step(self._batches(moves.onward_out, moves.onward_in)),
+            "visits": _by_step((meeting.step, meeting) for meeting in self.meetings),
+            "home": _by_step(self._batches(moves.home_out, moves.home_in)),
             "done_with": _by_step((step, shard) for shard, step in last_use.items()),
         }
         count = 1 + max((step for phase in phases.values() for step in phase), default=-1)
-        return tuple(Step(**{name: tuple(phase[step]) for name, phase in phases.items()}) for step in range(count))
+        return tuple(Step(*(tuple(phase.get(step, ())) for phase in phases.values())) for step in range(count))
+
+    def _batches(self, out: Iterable[Transfer], back: Iterable[Transfer]) -> Iterator[tuple[int, Batch]]:
+        """Each step's messages, those of one hop and channel in one batch, in the order that all ranks have."""
+        ends: dict[tuple[int, int, int], tuple[list[Message], list[Message]]] = defaultdict(lambda: ([], []))
+        for end, moves in enumerate((out, back)):
+            for move in moves:
+                message = Message(move.peer, self.needs.part(move.pieces))
+                ends[move.step, move.due, move.channel][end].append(message)
+        for (step, due, channel), (sent, received) in sorted(ends.items()):
+            yield step, Batch(due, channel, tuple(sent), tuple(received))
 
     @property
     def q_positions(self) -> np.ndarray:
         """Global positions of this rank's queries, int64 ``[s_q]``, ascending."""
-        positions = self.queries.positions(self.rank)
-        return positions + self.q_offset if self.q_offset else positions
+        return self._shifted(self.queries.positions(self.rank))
+
+    def meeting(self, shard: int) -> Meeting:
+        """The visit to ``shard``; if this rank has none, one that would find all of it."""
+        return self._meeting_of.get(shard) or Meeting(0, shard, whole(shard, self.moving.tokens(shard)))
+
+    def sides(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Global positions of the queries and of the keys of a visit, int64 ``[s_q]`` and ``[s_k]``."""
+        part = self.meeting(shard).part
+        if self.travels == "keys":
+            return self.q_positions, _of_part(self.keys.positions(shard), part)
+        return self._met_queries(part), self.keys.positions(self.rank)
+
+    def key_tokens(self, shard: int) -> int:
+        """Number of keys of a visit."""
+        return self.meeting(shard).part.tokens if self.travels == "keys" else self.keys.tokens(self.rank)
 
     def intervals(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Local key indices ``[begin, end)`` in ``shard`` that each query sees; two int32 ``[rows, s_q]``.
+        """Local key indices ``[begin, end)`` that each query of a visit sees; two int32 ``[rows, s_q]``.
 
-        ``rows`` is 1, or the batch size if batch rows hold different documents. ``begin <= end``, both non-decreasing.
+        ``rows`` is 1, or the batch size if batch rows hold different documents. ``begin <= end``, both non-decreasing. Keys
+        are counted within the part of the shard that is here.
         """
         return next(self.tables((shard,)))
 
     def tables(self, shards: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The ``intervals`` of several shards, one after the other; the mask is asked once for all of them."""
-        furthest = self.keys.length
-        bounds = [self.mask.bounds(self.q_positions, row) for row in range(self.mask.rows)]
-        clipped = [[x.clip(0, furthest).astype(np.int32) for x in side] for side in zip(*bounds, strict=True)]
+        """The ``intervals`` of several shards, one after the other; where queries stay, the mask is asked once for all."""
+        mine = self._clipped(self.q_positions) if self.travels == "keys" else ()
         for shard in shards:
-            begin, end = (np.stack([self.keys.below(shard, x) for x in side]) for side in clipped)
+            part = self.meeting(shard).part
+            if self.travels == "keys":
+                complete = part.tokens == self.keys.tokens(shard)
+                found = [[self.keys.below(shard, x) for x in side] for side in mine]
+                begin, end = (np.stack(x if complete else [part.below(y) for y in x]) for x in found)
+            else:
+                bounds = self._clipped(self._met_queries(part))
+                begin, end = (np.stack([self.keys.below(self.rank, x) for x in side]) for side in bounds)
             yield begin, end
 
     def cells(self, shard: int) -> int:
@@ -106,164 +200,109 @@ class Plan:
         begin, end = self.intervals(shard)
         return int((end.astype(np.int64) - begin).sum())
 
+    @cached_property
+    def _meeting_of(self) -> dict[int, Meeting]:
+        return {meeting.shard: meeting for meeting in self.meetings}
+
+    def _met_queries(self, part: Part) -> np.ndarray:
+        return self._shifted(_of_part(self.queries.positions(part.shard), part))
+
+    def _shifted(self, positions: np.ndarray) -> np.ndarray:
+        return positions + self.q_offset if self.q_offset else positions
+
+    def _clipped(self, positions: np.ndarray) -> tuple[list[np.ndarray], ...]:
+        """For lo and hi of the mask: one int32 array for each batch row, of key positions or the number of keys."""
+        bounds = [self.mask.bounds(positions, row) for row in range(self.mask.rows)]
+        return tuple([x.clip(0, self.keys.length).astype(np.int32) for x in side] for side in zip(*bounds, strict=True))
+
     def __str__(self) -> str:
         head = f"rank {self.rank} of {self.ranks}: {len(self.q_positions)} queries, {self.mask}, {self.route}"
-        lines = [head, f"{'step':>4}  {'computes with':<28}{'sends onward':<18}sends home"]
+        table = [("step", "computes with", "sends onward", "sends home")]
         for number, step in enumerate(self.steps):
-            work = ", ".join(f"shard {shard} ({self.cells(shard)} cells)" for shard in step.visits) or "-"
-            lines.append(f"{number:>4}  {work:<28}{_spell(step.onward_out):<18}{_spell(step.home_out)}")
-        return "\n".join(lines)
+            work = ", ".join(f"shard {visit.shard} ({self.cells(visit.shard)} cells)" for visit in step.visits) or "-"
+            table.append((f"{number:>4}", work, self._spell(step.onward), self._spell(step.home)))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        return "\n".join([head, *lines])
+
+    def _spell(self, batches: tuple[Batch, ...]) -> str:
+        spelled = []
+        for batch in batches:
+            for peer, part in batch.out:
+                missing = self.moving.tokens(part.shard) - part.tokens
+                some = f" ({part.tokens} tokens)" if missing else ""
+                spelled.append(f"{part.shard}{some} to rank {peer}")
+        return ", ".join(spelled) or "-"
 
 
 @lru_cache(maxsize=256)
-def derive(rank: int, queries: Layout, keys: Layout, mask: Mask, route: Route, q_offset: int = 0) -> Plan:
+def derive(
+    rank: int, queries: Layout, keys: Layout, mask: Mask, route: Route, q_offset: int = 0, travels: Side = "keys"
+) -> Plan:
     """The plan of one rank. Equal arguments give the same object, with what it has worked out so far."""
-    return Plan(rank, queries, keys, mask, route, q_offset)
+    return Plan(rank, queries, keys, mask, route, q_offset, travels)
 
 
 @lru_cache(maxsize=64)
-def needs(queries: Layout, keys: Layout, mask: Mask, q_offset: int) -> np.ndarray:
-    """``[r, s]``: does any query of rank r see any key of shard s, in any batch row? bool ``[ranks, ranks]``.
+def needs(queries: Layout, keys: Layout, mask: Mask, q_offset: int = 0, travels: Side = "keys") -> Needs:
+    """The pieces of the side that travels, and which ranks compute with each."""
+    if travels == "keys":
+        return find_needs(keys, queries, lambda at, row: mask.bounds(at + q_offset, row), mask.rows)
 
-    The rows of a solid run of queries together see one solid run of positions (a query sees itself and its neighbours
-    overlap), so its two ends decide. Rows of a striped run can step over keys: the ends settle dense masks, and only
-    what they leave open is asked row by row.
+    def seers(at: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
+        lo, hi = mask.seers(at, row)
+        return lo - q_offset, hi - q_offset
+
+    return find_needs(queries, keys, seers, mask.rows)
+
+
+class Cost(NamedTuple):
+    """Bytes per token of what travels onward, and of what comes home."""
+
+    onward: int
+    home: int
+
+
+def tokens_moved(needs: Needs, route: Route) -> tuple[int, int]:
+    """Tokens that all ranks together send onward and home, each hop counted."""
+    tour = tour_of(route, needs.ranks)
+    seen = visited(tour, needs)
+    onward, home = (int((needs.tokens[:, None] * table[:, 1:]).sum()) for table in (carried(tour, seen), seen))
+    return onward, home
+
+
+@lru_cache(maxsize=64)
+def _bytes_moved(problem: tuple[Any, ...], cost: Cost) -> int:
+    *layouts_and_mask, route, q_offset, travels = problem
+    onward, home = tokens_moved(needs(*layouts_and_mask, q_offset, travels), route)
+    return onward * cost.onward + home * cost.home
+
+
+@lru_cache(maxsize=256)
+def cheaper_backward(plan: Plan, keys: Cost, queries: Cost) -> Plan:
+    """The plan of this rank in which the side travels that takes fewer bytes, over all ranks; ``plan`` if none is better.
+
+    All hops are counted, so masks and layouts have their say, and the answer is the same on every rank. Queries may go
+    round the other way: under a causal mask keys are needed by those behind them, and queries by those ahead.
     """
-    owner = np.array([s for s, runs in enumerate(keys.runs) for _ in runs], dtype=np.int64)
-    spans = np.array([(k.start, k.step, len(k)) for runs in keys.runs for k in runs], dtype=np.int64).reshape(-1, 3)
-    table = np.zeros((queries.ranks, keys.ranks), dtype=bool)
-    for rank, runs in enumerate(queries.runs):
-        for run in runs:
-            for row in range(mask.rows):
-                lo, hi = mask.bounds(np.array([run[0], run[-1]]) + q_offset, row)
-                together = _meets(spans, lo[:1], hi[-1:])
-                if run.step == 1:
-                    table[rank, owner[together]] = True
-                    continue
-                table[rank, owner[_meets(spans, lo, hi)]] = True
-                unsettled = together & ~table[rank, owner]
-                if unsettled.any():
-                    lo, hi = mask.bounds(np.arange(run.start, run.stop, run.step) + q_offset, row)
-                    table[rank, owner[unsettled][_meets(spans[unsettled], lo, hi)]] = True
-    table.setflags(write=False)
-    return table
+    if plan.ranks == 1:
+        return plan
+    costs = {"keys": Cost(*keys), "queries": Cost(*queries)}
+    around = getattr(plan.route, "reversed", plan.route)
+    ways = [
+        plan.problem,
+        *((*plan.problem[:3], route, *plan.turned.problem[4:]) for route in {plan.route: 0, around: 0}),
+    ]
+    return derive(plan.rank, *min(ways, key=lambda problem: _bytes_moved(problem, costs[problem[-1]])))
 
 
-def _meets(spans: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
-    """Does each run of keys (start, step, count) have one in any of the ranges ``[lo, hi)``? bool ``[runs]``."""
-    start, step, count = spans.T[:, :, None]
-    before = (np.clip(-((start - edge) // step), 0, count) for edge in (hi, lo))
-    return np.greater(*before).any(axis=1)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What :func:`verify` found true of a set of plans."""
-
-    ranks: int
-    cells: int
-    visits: int
-    onward_hops: int
-    home_hops: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.ranks} ranks: {self.cells} visible cells, each computed once in {self.visits} visits; "
-            f"{self.onward_hops} hops onward, {self.home_hops} home"
-        )
-
-
-def verify(plans: Sequence[Plan]) -> Verdict:
-    """Check the laws of a complete set of plans, one for each rank; raise :class:`PlanError` at the first broken one.
-
-    Layouts hold every position once; every visible (query, key) cell is computed exactly once; every message has two
-    ends; nobody sends what it does not hold; every contribution to a shard's gradient comes home exactly once.
-
-    A plan says nothing about numbers: NaN or inf at a key never crosses a hop that the plan dropped, but inside a tile
-    that is partly visible a kernel multiplies it by zero, and 0 x NaN is NaN for the rows of that tile.
-    """
-    if not plans or [p.rank for p in plans] != list(range(plans[0].ranks)):
-        raise PlanError(f"verify: got plans of ranks {[p.rank for p in plans]}; one plan for every rank, in order")
-    if len({(p.queries, p.keys, p.mask, p.route, p.q_offset) for p in plans}) > 1:
-        raise PlanError("verify: the plans are of different problems (layout, mask, route or q_offset differ)")
-    try:
-        plans[0].queries.check()
-        plans[0].keys.check()
-    except ValueError as error:
-        raise PlanError(str(error)) from None
-    cells = sum(_check_cells(plan) for plan in plans)
-    _check_messages(plans)
-    _check_holdings(plans)
-    _check_homecoming(plans)
-    legs = [p.legs for p in plans]
-    return Verdict(
-        ranks=len(plans),
-        cells=cells,
-        visits=sum(len(x.visits) for x in legs),
-        onward_hops=sum(len(x.onward_out) for x in legs),
-        home_hops=sum(len(x.home_out) for x in legs),
-    )
-
-
-def _check_cells(plan: Plan) -> int:
-    """Shards are disjoint, so distinct visits that add up to all visible cells compute each of them once."""
-    shards = [visit.shard for visit in plan.legs.visits]
-    if len(set(shards)) < len(shards):
-        raise PlanError(f"verify: rank {plan.rank} visits a shard twice: {sorted(shards)}")
-    if len({visit.step for visit in plan.legs.visits}) < len(shards):
-        raise PlanError(f"verify: rank {plan.rank} visits two shards in one step")
-    computed = sum(map(plan.cells, shards))
-    length = plan.keys.length
-    bounds = [plan.mask.bounds(plan.q_positions, row) for row in range(plan.mask.rows)]
-    visible = sum(int((hi.clip(0, length) - lo.clip(0, length)).sum()) for lo, hi in bounds)
-    if computed != visible:
-        raise PlanError(f"verify: rank {plan.rank} computes {computed} cells, but its queries see {visible}")
-    return computed
-
-
-def _check_messages(plans: Sequence[Plan]) -> None:
-    for phase in ("onward", "home"):
-        sent, received = (
-            Counter(
-                (m.step, *((p.rank, m.peer) if end == "out" else (m.peer, p.rank)), m.shard)
-                for p in plans
-                for m in getattr(p.legs, f"{phase}_{end}")
-            )
-            for end in ("out", "in")
-        )
-        if sent != received or any(n > 1 for n in sent.values()):
-            odd = min((sent - received) + (received - sent) + Counter({k: n - 1 for k, n in sent.items() if n > 1}))
-            raise PlanError("verify: message {} at step {}, rank {} to {}, shard {}, lacks an end".format(phase, *odd))
-
-
-def _check_holdings(plans: Sequence[Plan]) -> None:
-    for plan in plans:
-        held_from = {plan.rank: 0} | {m.shard: m.step + 1 for m in plan.legs.onward_in}
-        for use in plan.legs.uses:
-            if held_from.get(use.shard, use.step + 1) > use.step:
-                raise PlanError(
-                    f"verify: rank {plan.rank} uses shard {use.shard} at step {use.step} without holding it"
-                )
-
-
-def _check_homecoming(plans: Sequence[Plan]) -> None:
-    """Follow each shard's total from visitor to visitor: it must pass every visitor once, and end at the owner."""
-    for shard, owner in enumerate(plans):
-        moves = sorted((m.step, p.rank, m.peer) for p in plans for m in p.legs.home_out if m.shard == shard)
-        visited = {p.rank: v.step for p in plans for v in p.legs.visits if v.shard == shard and p.rank != shard}
-        carried: list[int] = []
-        at = None
-        for step, source, target in moves:
-            if (at is not None and at != source) or visited.get(source, step + 1) > step or source in carried:
-                raise PlanError(f"verify: the total of shard {shard} leaves rank {source} at step {step} out of turn")
-            carried.append(source)
-            at = target
-        if set(carried) != set(visited) or (moves and at != owner.rank):
-            raise PlanError(f"verify: the total of shard {shard} reaches rank {at} with the shares of ranks {carried}")
-
-
-def _spell(moves: tuple[Transfer, ...]) -> str:
-    return ", ".join(f"{m.shard} to rank {m.peer}" for m in moves) or "-"
+def _of_part(positions: np.ndarray, part: Part) -> np.ndarray:
+    """The positions of a part, from those of its shard."""
+    if part.tokens == len(positions):
+        return positions
+    return np.concatenate([np.zeros(0, np.int64), *(positions[a:b] for a, b in part.spans)])
 
 
 def _by_step(items: Iterable[tuple[int, _Item]]) -> dict[int, list[_Item]]:

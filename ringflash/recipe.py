@@ -19,14 +19,15 @@ from torch import Tensor
 
 from ringflash.errors import RingflashError
 from ringflash.plan import Plan
+from ringflash.ulysses import Swap
 from ringflash.wire import Wire
 
 
 class Recipe(Protocol):
-    """Anything that knows its plan and wire: a sharding, or a mask on one device."""
+    """Anything that knows its plan and wires: a sharding, or a mask on one device."""
 
-    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
-        """The plan and the wire for so many local queries and keys."""
+    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire, Swap | None]:
+        """For so many local queries and keys: the plan of the ring, its wire, and the swap of heads around it, if any."""
 
 
 class Recipes:

@@ -13,7 +13,7 @@ Blocks are as small as memory asks: 16K tokens cost tens of megabytes, not gigab
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,8 @@ class Scoring:
     """How a query and a key become a weight.
 
     ``softcap`` 0 is off. ``alibi_slopes`` are ``[h]`` or ``[b, h]`` and lower a score by slope x |distance in global
-    positions|. ``dropout_p`` drops weights by a counter-based random number of (seed, batch, head, query, key).
+    positions|. ``dropout_p`` drops weights by a counter-based random number of (seed, batch, head, query, key), where the
+    tensors' heads are numbered from ``first_head`` (None: they are all heads there are).
     """
 
     scale: float
@@ -39,6 +40,12 @@ class Scoring:
     alibi_slopes: Tensor | None = None
     dropout_p: float = 0.0
     seed: int = 0
+    first_head: int | None = None
+
+    def of_heads(self, heads: slice) -> Scoring:
+        """The same for some of the heads."""
+        slopes = None if self.alibi_slopes is None else self.alibi_slopes[..., heads]
+        return replace(self, alibi_slopes=slopes, first_head=(self.first_head or 0) + heads.start)
 
 
 class _Block(NamedTuple):
@@ -126,7 +133,9 @@ def delta(dout: Tensor, out: Tensor, dlse: Tensor) -> Tensor:
     return (dout.to(dlse.dtype) * out.to(dlse.dtype)).sum(dim=-1).transpose(1, 2) - dlse
 
 
-def keep_mask(seed: int, batch: int, heads: int, queries: Tensor, keys: Tensor, dropout_p: float) -> Tensor:
+def keep_mask(
+    seed: int, batch: int, heads: int, queries: Tensor, keys: Tensor, dropout_p: float, first_head: int = 0
+) -> Tensor:
     """Which weights dropout keeps: bool ``[batch, heads, queries, keys]``, a pure function of what it is given.
 
     One Philox4x32-10 number (Salmon et al. 2011) per cell, with counter (key position, query position, head, batch row)
@@ -135,7 +144,7 @@ def keep_mask(seed: int, batch: int, heads: int, queries: Tensor, keys: Tensor, 
     """
     low = 0xFFFFFFFF
     device = queries.device
-    index = (torch.arange(n, device=device) for n in (batch, heads))
+    index = torch.arange(batch, device=device), torch.arange(first_head, first_head + heads, device=device)
     b, h = (x.reshape(-1, *(1,) * (3 - i)) for i, x in enumerate(index))
     c0, c1, c2, c3 = torch.broadcast_tensors(keys & low, (queries & low)[:, None], h, b)
     k0, k1 = seed & low, (seed >> 32) & low
@@ -184,5 +193,7 @@ def _scores(
 def _keep(block: _Block, intervals: Intervals, scoring: Scoring, heads: tuple[int, int], batch: int) -> Tensor:
     """Dropout as a factor: 0, or 1 / (1 - p); ``[b, n, g, rows, columns]``."""
     queries, keys = intervals.queries[block.rows], intervals.keys[block.columns]
-    kept = keep_mask(scoring.seed, batch, heads[0] * heads[1], queries, keys, scoring.dropout_p)
+    kept = keep_mask(
+        scoring.seed, batch, heads[0] * heads[1], queries, keys, scoring.dropout_p, scoring.first_head or 0
+    )
     return rearrange(kept, "b (n g) q k -> b n g q k", n=heads[0]) / (1 - scoring.dropout_p)

@@ -1,50 +1,199 @@
 """Who meets whom, when, and how results come home.
 
-A route turns one fact, which rank needs which shard, into the moves of every rank. Keys and values go *onward*; what
-visits add up to (their gradients) comes *home*. A move of the ring, for shard 0 on four ranks that all need it:
+A route is a *tour*: a table that says, for each step, at which rank a shard is, from whom it comes, and when that hop is
+posted. A ring, for shard 0 on four ranks that all need it:
 
     step      0         1         2         3
-    onward    0 -> 1    1 -> 2    2 -> 3              keys travel to the next rank while this one computes
+    onward    0 -> 1    1 -> 2    2 -> 3              what travels goes to the next rank while this one computes
     visits    at 0      at 1      at 2      at 3
     home                1 -> 2    2 -> 3    3 -> 0    the total follows the visitors, then goes straight to its owner
 
-Both ends of a message know it by the same (step, phase), and every rank goes through steps and phases in one order, so
-that messages cannot wait for each other in a circle. Nobody sends what it does not hold, every contribution reaches
-its owner exactly once, and a hop that nobody further along needs does not exist.
+Everything else follows from the table and from who needs what (``needs.py``). A piece of a shard stops where nobody
+further along needs it: zigzag's late chunks, the far end of a window and foreign documents do not travel, and no route
+knows of any of them. Totals pass from visitor to visitor inside a *chain* (a ring has one, a double ring one in each
+node, direct routes one for each visitor), whose last visitor sends them straight to their owner.
+
+Both ends of a message know it by the same (step, phase, hop), and every rank goes through these in one order, so that
+messages cannot wait for each other in a circle.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ringflash.needs import Needs
 
-@dataclass(frozen=True, order=True)
-class Visit:
-    """At ``step`` this rank's queries meet the keys of ``shard``."""
+
+@dataclass(frozen=True, eq=False)
+class Tour:
+    """Where shards are, by step; the same for every shard but for the ranks' numbers. A tour has as many steps as ranks.
+
+    Step 0 is at the owner. ``chain`` never decreases. A rank is at one shard in each step, and each rank once at each.
+    """
+
+    rank_at: np.ndarray
+    """int ``[ranks, steps]``: the rank where the shard of each rank is in each step."""
+    parent: np.ndarray
+    """int ``[steps]``: the earlier step whose rank sends it on to this one."""
+    post: np.ndarray
+    """int ``[steps]``: the step in which that hop is posted, before the one in which it is used."""
+    chain: np.ndarray
+    """int ``[steps]``: totals are passed on inside a chain."""
+    channel: np.ndarray
+    """int ``[steps]``: hops of one channel follow each other; a slow link has one of its own."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            getattr(self, field.name).setflags(write=False)
+
+    @cached_property
+    def step_at(self) -> np.ndarray:
+        """int ``[ranks, ranks]``: the step in which each shard is at each rank; the inverse of ``rank_at``."""
+        return np.argsort(self.rank_at, axis=1)
+
+    @cached_property
+    def home_channel(self) -> np.ndarray:
+        """int ``[steps]``: a total that leaves its chain goes home by the channel by which the chain was reached."""
+        return self.channel[np.searchsorted(self.chain, self.chain)]
+
+    @cached_property
+    def channels(self) -> int:
+        """Number of channels in use."""
+        return 1 + int(self.channel.max(initial=0))
+
+
+class Route(Protocol):
+    """Anything with a tour; a route is a value that compares and hashes."""
+
+    def tour(self, ranks: int) -> Tour:
+        """The tour of so many ranks; raises ``ValueError`` if the route does not fit them."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True, repr=False)
+class Ring:
+    """Shards go round a ring, one rank per step (Liu et al. 2023, arXiv 2310.01889).
+
+    With ``direction`` -1 they travel towards lower ranks: causal zigzag shards then pass first those who need both their
+    chunks, and drop the late one on the way.
+    """
+
+    direction: int = 1
+
+    def tour(self, ranks: int) -> Tour:
+        return DoubleRing(1, ranks, self.direction).tour(ranks)
+
+    @property
+    def reversed(self) -> Ring:
+        """The same ring, the other way round."""
+        return Ring(-self.direction)
+
+    def __repr__(self) -> str:
+        return "ring" if self.direction == 1 else "ring_down"
+
+
+@dataclass(frozen=True, repr=False)
+class DoubleRing:
+    """Rings inside nodes, and a ring of nodes around them (LoongTrain, arXiv 2406.18485).
+
+    A shard crosses to the next node once, posted a whole inner ring before it is needed there, on a channel of its own;
+    totals are summed inside each node and cross once. Rank ``node * per_node + lane`` stands in ``node``.
+    """
+
+    nodes: int
+    per_node: int
+    direction: int = 1
+
+    def tour(self, ranks: int) -> Tour:
+        if self.nodes * self.per_node != ranks:
+            raise ValueError(f"route is {self}, for {self.nodes * self.per_node} ranks; there are {ranks}")
+        steps = np.arange(ranks)
+        lap, place = steps // self.per_node, steps % self.per_node
+        node, lane = steps[:, None] // self.per_node, steps[:, None] % self.per_node
+        onto = (node + self.direction * lap) % self.nodes, (lane + self.direction * place) % self.per_node
+        crossing = (place == 0) & (lap > 0)
+        parent = np.where(crossing, steps - self.per_node, np.maximum(steps - 1, 0))
+        # the hop into a node is posted when its parent, a whole lap earlier, starts to compute
+        return Tour(onto[0] * self.per_node + onto[1], parent, parent, lap, np.where(crossing, 1, 0))
+
+    @property
+    def reversed(self) -> DoubleRing:
+        """The same rings, the other way round."""
+        return DoubleRing(self.nodes, self.per_node, -self.direction)
+
+    def __repr__(self) -> str:
+        return f"double_ring({self.nodes}, {self.per_node}{'' if self.direction == 1 else ', direction=-1'})"
+
+
+@dataclass(frozen=True, repr=False)
+class Direct:
+    """Owners send to each rank what it needs, and totals come straight home: nobody passes anything on.
+
+    What is used in a step is posted ``depth`` steps before; with None all of it in the first, which holds everything that
+    this rank needs in its memory at once.
+    """
+
+    depth: int | None = 1
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"direct: depth is {self.depth}; a number of steps from 1, or None for all at once")
+
+    def tour(self, ranks: int) -> Tour:
+        steps = np.arange(ranks)
+        ahead = ranks if self.depth is None else self.depth
+        rank_at = (steps[:, None] + steps) % max(1, ranks)
+        return Tour(rank_at, np.zeros_like(steps), np.maximum(steps - ahead, 0), steps, np.zeros_like(steps))
+
+    def __repr__(self) -> str:
+        return {None: "gather", 1: "needed_only"}.get(self.depth, f"direct({self.depth})")
+
+
+def double_ring(nodes: int, per_node: int, direction: int = 1) -> DoubleRing:
+    """Rings of ``per_node`` neighbouring ranks inside each of so many nodes; each shard crosses to a node once.
+
+    >>> double_ring(2, 2).tour(4).rank_at[0].tolist()  # rank 1 is the neighbour of rank 0, ranks 2 and 3 the other node
+    [0, 1, 2, 3]
+    """
+    return DoubleRing(nodes, per_node, direction)
+
+
+def direct(depth: int | None = 1) -> Direct:
+    """Owners send to each rank what it needs, ``depth`` steps ahead of its use."""
+    return Direct(depth)
+
+
+ring, ring_down, gather, needed_only = Ring(), Ring(-1), Direct(None), Direct()
+ROUTES: dict[str, Route] = {"ring": ring, "ring_down": ring_down, "gather": gather, "needed_only": needed_only}
+
+
+class Visit(NamedTuple):
+    """At ``step`` this rank computes with ``shard``; ``pieces`` are those that it needs."""
 
     step: int
     shard: int
+    pieces: tuple[int, ...]
 
 
-@dataclass(frozen=True, order=True)
-class Transfer:
-    """One end of a message: at ``step`` something of ``shard`` leaves for, or comes from, rank ``peer``."""
+class Transfer(NamedTuple):
+    """One end of a message, posted at ``step`` and used at ``due``: pieces of ``shard`` leave for, or come from, ``peer``."""
 
     step: int
+    due: int
+    channel: int
     peer: int
     shard: int
+    pieces: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Legs:
-    """All that one rank does, each tuple in the order of its steps.
-
-    ``onward_in`` and ``home_in`` say when the message is posted, which is the step of its sender. Keys that come onward are
-    used from the next step on; a total that comes home is used when this rank has visited the shard itself.
-    """
+class Legs(NamedTuple):
+    """All that one rank does, each tuple in the order of its steps."""
 
     visits: tuple[Visit, ...]
     onward_out: tuple[Transfer, ...] = ()
@@ -58,52 +207,94 @@ class Legs:
         return self.visits + self.onward_out
 
 
-class Route(Protocol):
-    """Anything with ``legs(rank, needs)``; a route is a value that compares and hashes."""
-
-    def legs(self, rank: int, needs: np.ndarray) -> Legs:
-        """What ``rank`` does, if ``needs[r, s]`` says that rank r computes with shard s (bool, ``[ranks, ranks]``)."""
-        ...
+@lru_cache(maxsize=64)
+def tour_of(route: Route, ranks: int) -> Tour:
+    """The tour of a route, made once."""
+    return route.tour(ranks)
 
 
-@dataclass(frozen=True)
-class Ring:
-    """Shards go round a ring, one rank per step (Liu et al. 2023, arXiv 2310.01889).
-
-    A shard stops at the last rank that needs it. Its total starts at the first foreign visitor, skips ranks that have
-    nothing to add, and goes from the last visitor straight to the owner: P - 1 hops on a full ring, one for a window.
-    """
-
-    def legs(self, rank: int, needs: np.ndarray) -> Legs:
-        ranks = len(needs)
-        distance = np.arange(ranks)
-        # visited[s, d]: shard s is needed by the rank d places further along the ring
-        visited = needs[(distance[:, None] + distance) % ranks, distance[:, None]]
-        visited_abroad = visited & (distance > 0)
-        reach = np.where(visited_abroad, distance, 0).max(axis=1)
-
-        def at(shard: int, places: int) -> int:
-            return int(shard + places) % ranks
-
-        visits, onward_out, onward_in, home_out, home_in = [], [], [], [], []
-        for step in range(ranks):
-            shard, coming = at(rank, -step), at(rank, -step - 1)
-            if visited[shard, step]:
-                visits.append(Visit(step, shard))
-            if step < reach[shard]:
-                onward_out.append(Transfer(step, at(rank, 1), shard))
-            if step < reach[coming]:
-                onward_in.append(Transfer(step, at(rank, -1), coming))
-            if visited_abroad[shard, step]:  # hand the total on: to the next visitor, or home
-                later = np.flatnonzero(visited_abroad[shard, step + 1 :])
-                home_out.append(Transfer(step, at(shard, step + 1 + later[0]) if len(later) else shard, shard))
-                earlier = np.flatnonzero(visited_abroad[shard, :step])
-                if len(earlier):
-                    home_in.append(Transfer(int(earlier[-1]), at(shard, earlier[-1]), shard))
-        if reach[rank]:
-            home_in.append(Transfer(int(reach[rank]), at(rank, reach[rank]), rank))
-        return Legs(tuple(visits), tuple(onward_out), tuple(onward_in), tuple(home_out), tuple(sorted(home_in)))
+def visited(tour: Tour, needs: Needs) -> np.ndarray:
+    """``[piece, step]``: is the piece computed with in that step? bool."""
+    return needs.seen[tour.rank_at[needs.owner], np.arange(len(needs.owner))[:, None]]
 
 
-ring = Ring()
-ROUTES: dict[str, Route] = {"ring": ring}
+def carried(tour: Tour, seen: np.ndarray) -> np.ndarray:
+    """``[piece, step]``: does the piece come there, to be computed with or to be sent on? bool."""
+    here = seen.copy()
+    for step in range(len(tour.parent) - 1, 0, -1):
+        here[:, tour.parent[step]] |= here[:, step]
+    return here
+
+
+@lru_cache(maxsize=16)
+def _journeys(route: Route, needs: Needs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each piece and step: visited, carried there, and the next and the last visit abroad before it (or ``steps``, 0)."""
+    tour = tour_of(route, needs.ranks)
+    seen = visited(tour, needs)
+    steps = np.arange(seen.shape[1])
+    abroad = seen & (steps > 0)
+    last = np.maximum.accumulate(np.where(abroad, steps, 0), axis=1)
+    following = np.minimum.accumulate(np.where(abroad, steps, len(steps))[:, ::-1], axis=1)[:, ::-1]
+    before = np.pad(last[:, :-1], ((0, 0), (1, 0)))
+    after = np.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=len(steps))
+    return seen, carried(tour, seen), before, after
+
+
+def legs(route: Route, rank: int, needs: Needs) -> Legs:
+    """What ``rank`` does on ``route``, if ``needs`` says who computes with what."""
+    tour, (seen, comes, before, after) = tour_of(route, needs.ranks), _journeys(route, needs)
+    pieces, owner = np.arange(len(needs.owner)), needs.owner
+    place = tour.step_at[owner, rank]  # of each piece: the step in which it can be here
+    chain = np.append(tour.chain, -1)  # no chain follows the last step
+
+    def moves(
+        some: np.ndarray, step: np.ndarray, due: np.ndarray, channel: np.ndarray, peer: np.ndarray
+    ) -> list[Transfer]:
+        return _grouped(some, step[some], due[some], channel[some], peer[some], owner[some])
+
+    def ended(at: np.ndarray) -> np.ndarray:
+        """Where the total of each piece goes from step ``at``: to the next visitor of its chain, or home."""
+        return chain[after[pieces, at]] != chain[at]
+
+    here = np.flatnonzero(seen[pieces, place])
+    arriving = np.flatnonzero((place > 0) & comes[pieces, place])
+    onward_in = moves(arriving, tour.post[place], place, tour.channel[place], tour.rank_at[owner, tour.parent[place]])
+    piece, child = np.nonzero(comes & (tour.parent == place[:, None]) & (np.arange(len(tour.parent)) > 0))
+    onward_out = _grouped(
+        piece, tour.post[child], child, tour.channel[child], tour.rank_at[owner[piece], child], owner[piece]
+    )
+    foreign = here[place[here] > 0]
+    goes_home = ended(place)
+    home_out = moves(
+        foreign,
+        place,
+        np.where(goes_home, len(tour.parent), after[pieces, place]),
+        np.where(goes_home, tour.home_channel[place], 0),
+        np.where(goes_home, owner, tour.rank_at[owner, np.minimum(after[pieces, place], len(tour.parent) - 1)]),
+    )
+    earlier = before[pieces, place]
+    passed_on = foreign[(chain[earlier] == chain[place])[foreign] & (earlier[foreign] > 0)]
+    home_in = moves(passed_on, earlier, place, np.zeros_like(place), tour.rank_at[owner, earlier])
+    own, at = np.nonzero(seen[owner == rank] & (np.arange(len(tour.parent)) > 0))
+    own = np.flatnonzero(owner == rank)[own]
+    final = chain[after[own, at]] != chain[at]
+    own, at = own[final], at[final]
+    home_in += _grouped(
+        own, at, np.full_like(at, len(tour.parent)), tour.home_channel[at], tour.rank_at[rank, at], owner[own]
+    )
+    return Legs(
+        tuple(Visit(move.step, move.shard, move.pieces) for move in moves(here, place, place, place, place)),
+        *(tuple(map(Transfer._make, sorted(part))) for part in (onward_out, onward_in, home_out, home_in)),
+    )
+
+
+def _grouped(pieces: np.ndarray, *keys: np.ndarray) -> list[Transfer]:
+    """The pieces that share a message, in one transfer each: ``keys`` are step, due, channel, peer and shard."""
+    order = np.lexsort((pieces, *keys[::-1]))
+    table = np.stack([*keys, pieces])[:, order]
+    if not len(order):
+        return []
+    edges = np.flatnonzero((table[:-1, 1:] != table[:-1, :-1]).any(axis=0)) + 1
+    starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(order)]
+    rows, ordered = table[:-1, starts].T.tolist(), table[-1].tolist()
+    return [Transfer._make((*row, tuple(ordered[a:b]))) for row, a, b in zip(rows, starts, stops, strict=True)]

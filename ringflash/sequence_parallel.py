@@ -26,8 +26,9 @@ from ringflash.gradients import GradientSum
 from ringflash.layout import Layout
 from ringflash.mask import Mask, causal, documents
 from ringflash.partial import accumulation_dtype
+from ringflash.route import Route
 from ringflash.shard import Sharding
-from ringflash.wire import Group, address, connect, resolve
+from ringflash.wire import Group, address, connect_all, resolve, resolve_axes
 
 IGNORED = -100  # the label of a token without a target, as in torch.nn.functional.cross_entropy
 
@@ -50,7 +51,7 @@ class Output(NamedTuple):
 
 
 class SequenceParallel(nn.Module):
-    """Run ``model`` with its sequence spread over ``group``.
+    """Run ``model`` with its sequence spread over ``group``, as ``layout``, ``route`` and ``heads_axis`` say of a Sharding.
 
     Every rank of the group passes the same whole batch. ``input_ids``, ``position_ids``, ``labels`` and the other names
     of ``SEQUENCE_DIMS`` are sharded; further ones are named with ``seq_dims={"name": dim}`` (None: pass it whole). Any
@@ -81,6 +82,8 @@ class SequenceParallel(nn.Module):
         gradients: Literal["reduce", "engine"] = "reduce",
         tokens_group: Group = None,
         seq_dims: Mapping[str, int | None] | None = None,
+        route: str | Route = "auto",
+        heads_axis: str | int | None = None,
     ) -> None:
         super().__init__()
         if gradients not in ("reduce", "engine"):
@@ -93,7 +96,8 @@ class SequenceParallel(nn.Module):
             )
         self.module = model
         self.sharding = None
-        self._group, self._mask, self._layout, self._gradients = resolve(group), mask, layout, gradients
+        self._group, self._heads_axis = resolve_axes(group, heads_axis)
+        self._mask, self._layout, self._route, self._gradients = mask, layout, route, gradients
         self._tokens_group = self._group if tokens_group is None else resolve(tokens_group)
         self._seq_dims = SEQUENCE_DIMS | dict(seq_dims or {})
         self._signature = inspect.signature(_innermost(model).forward)
@@ -105,7 +109,7 @@ class SequenceParallel(nn.Module):
                     f"SequenceParallel: tokens_group has {address(self._tokens_group)[1]} ranks, group "
                     f"{address(self._group)[1]}; gradients='reduce' sums over group alone: use 'engine', with DDP or FSDP"
                 )
-            self._sum = GradientSum(model, connect(self._group))
+            self._sum = GradientSum(model, connect_all(self._group))
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -118,7 +122,8 @@ class SequenceParallel(nn.Module):
         inputs = {**self._signature.bind_partial(*args).arguments, **kwargs}
         length = self._length(inputs)
         mask = _with_padding(mask, inputs.pop("attention_mask", None), length)
-        s = self.sharding = Sharding(length, self._group, mask, self._layout)
+        s = Sharding(length, self._group, mask, self._layout, self._route, heads_axis=self._heads_axis)
+        self.sharding = s
         self._tell(s)
         labels = _targets(inputs)
         labels = None if labels is None else self._local("labels", labels, s)
@@ -156,7 +161,7 @@ class SequenceParallel(nn.Module):
         here = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         tokens = (labels != IGNORED).sum()
         total = torch.stack([here.detach().double(), tokens.double()])
-        connect(self._tokens_group).all_reduce(total)
+        connect_all(self._tokens_group).all_reduce(total)
         count = total[1].clamp_min(1)
         engine_ranks = address(self._tokens_group)[1] if self._gradients == "engine" else 1
         loss: Tensor = _Stated.apply(here * (engine_ranks / count).to(here.dtype), (total[0] / count).to(here.dtype))
@@ -225,9 +230,15 @@ class SequenceParallel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
         """A copy of the model in the same group, with hooks of its own."""
         groups = {"group": self._group, "tokens_group": self._tokens_group}
-        copied = copy.deepcopy(self.module, memo)
         return SequenceParallel(
-            copied, mask=self._mask, layout=self._layout, gradients=self._gradients, seq_dims=self._seq_dims, **groups
+            copy.deepcopy(self.module, memo),
+            mask=self._mask,
+            layout=self._layout,
+            gradients=self._gradients,
+            seq_dims=self._seq_dims,
+            route=self._route,
+            heads_axis=self._heads_axis,
+            **groups,
         )
 
 

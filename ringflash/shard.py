@@ -2,6 +2,12 @@
 
 A sharding is a length, a group, a mask, a layout and a route. From these each rank derives what it holds and does; equal
 arguments give equal answers everywhere, so nothing needs to be sent to agree.
+
+Ranks may stand in a grid (``heads_axis``): then the layout and the route are those of the rings, which are its columns, and
+the ranks of a row hold neighbouring parts of one shard. Zigzag, 12 positions, rings of 2, and 2 ranks to a shard:
+
+    ring rank 0    0 1 2 9 10 11    held by    rank 0:  0 1 2    rank 1:  9 10 11
+    ring rank 1    3 4 5 6  7  8               rank 2:  3 4 5    rank 3:  6  7  8
 """
 
 from __future__ import annotations
@@ -14,24 +20,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringflash import layout as layouts
+from ringflash.auto import choose_layout, choose_route
+from ringflash.balance import balanced
 from ringflash.layout import LAYOUTS, Layout
 from ringflash.mask import Mask, causal, full
 from ringflash.plan import Plan, derive
 from ringflash.recipe import recipes
-from ringflash.route import ROUTES, Route
-from ringflash.wire import Group, Wire, address, connect, resolve
+from ringflash.route import ROUTES, Route, tour_of
+from ringflash.ulysses import Swap
+from ringflash.wire import Group, Wire, address, connect_all, connect_axes, nodes, resolve_axes
 
 
 @dataclass(frozen=True)
 class Sharding:
     """How ``length`` positions are spread over the ranks of ``group``, and who may see whom.
 
-    ``group``: a ProcessGroup, a DeviceMesh with one axis, a group of ``local_world``, ``(rank, ranks)`` to plan only, or
-    None for the default group. ``layout``: ``"contiguous"``, ``"zigzag"``, ``"striped"``, ``"auto"`` or a ``Layout``;
-    ``route``: ``"ring"``, ``"auto"`` or a route. ``auto`` depends on nothing that differs between ranks.
+    ``group``: a ProcessGroup, a DeviceMesh, a group of ``local_world``, ``(rank, ranks)`` to plan only, or None for the
+    default group. ``layout``: ``"contiguous"``, ``"zigzag"``, ``"striped"``, ``"balanced"`` (for packed documents),
+    ``"auto"`` or a ``Layout``; ``route``: ``"ring"``, ``"ring_down"``, ``"gather"``, ``"needed_only"``, ``"auto"`` or a
+    route such as ``rf.double_ring(nodes, per_node)``. ``auto`` depends on nothing that differs between ranks.
     ``keys``: number of keys if they are not the queries' own (cross-attention, a cached prefix); ``q_offset`` is then the
     global position of the first query, and required unless the mask is full.
+
+    ``heads_axis``: so many neighbouring ranks share a shard, and swap heads for positions around the ring (Ulysses); or,
+    where ``group`` is a mesh with two axes, the name of the axis on which they stand. Layout and route are for
+    ``ring_ranks``, the rest of the ranks; query heads must be a multiple of the degree, key heads need not.
 
     Raises ``ValueError`` or ``TypeError`` for what does not fit together, before anything is sent.
 
@@ -49,6 +62,7 @@ class Sharding:
     route: str | Route = "auto"
     keys: int | None = field(default=None, kw_only=True)
     q_offset: int | None = field(default=None, kw_only=True)
+    heads_axis: str | int | None = field(default=None, kw_only=True)
 
     local_length: int = field(init=False, compare=False, repr=False)
     """Number of positions that this rank holds."""
@@ -58,6 +72,9 @@ class Sharding:
     """Number of batch rows that the mask tells apart; 1 if all rows share it."""
     handle: Tensor = field(init=False, compare=False, repr=False)
     """What operators know this sharding by."""
+    _degree: int = field(init=False, compare=False, repr=False)
+    _asked_route: str | Route = field(init=False, compare=False, repr=False)
+    _layouts: tuple[Layout, Layout] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
@@ -73,18 +90,28 @@ class Sharding:
         offset = operator.index(self.q_offset or 0)
         if self.mask.length is not None and self.mask.length != keys:
             raise ValueError(f"Sharding: the documents of the mask cover {self.mask.length} positions, the keys {keys}")
-        group = resolve(self.group)
-        ranks = address(group)[1]
-        chosen = _settle_layout(self.layout, length, keys, ranks, self.mask)
-        route = _settle_route(self.route)
-        settled = dict(length=length, group=group, layout=chosen, route=route, keys=keys, q_offset=offset)
+        group, degree = resolve_axes(self.group, self.heads_axis)
+        rings = address(group)[1] // degree
+        layout = _settle_layout(self.layout, length, keys, rings, self.mask)
+        queries, held = _lay_out(layout, length, rings), _lay_out(layout, keys, rings)
+        settled = dict(
+            length=length,
+            group=group,
+            layout=layout,
+            route=_settle_route(self.route, queries, held, self.mask, offset, group),
+            keys=keys,
+            q_offset=offset,
+            heads_axis=degree,
+            _degree=degree,
+            _asked_route=self.route,
+            _layouts=(queries, held),
+        )
         for name, value in settled.items():
             object.__setattr__(self, name, value)
-        queries, held = self._layouts
         # plain numbers and a tensor: what a captured graph reads of a sharding
         known = dict(
-            local_length=queries.tokens(self.rank),
-            local_keys=held.tokens(self.rank),
+            local_length=queries.split(degree).tokens(self.rank),
+            local_keys=held.split(degree).tokens(self.rank),
             rows=self.mask.rows,
             handle=recipes.add(self),
         )
@@ -100,33 +127,44 @@ class Sharding:
         return address(self.group)[1]
 
     @property
-    def wire(self) -> Wire:
-        return connect(self.group)
+    def ring_rank(self) -> int:
+        """The rank whose plan this is, in its ring: the number of the shard that this rank holds some or all of."""
+        return self.rank // self._degree
+
+    @property
+    def ring_ranks(self) -> int:
+        """Number of ranks of a ring, and of shards."""
+        return self.ranks // self._degree
 
     @cached_property
     def plan(self) -> Plan:
-        """What this rank does."""
-        return self._plan_of(self.rank)
+        """What this rank does in its ring."""
+        return self._plan_of(self.ring_rank)
 
     @property
     def positions(self) -> Tensor:
         """The global positions that this rank holds, int64 ``[local_length]``, ascending."""
-        return torch.tensor(self.plan.queries.positions(self.rank))
+        return torch.tensor(self._held.positions(self.rank))
 
     @property
     def key_sharding(self) -> Sharding:
         """How the keys are spread: this sharding itself, unless ``keys`` is another length."""
         if self.keys == self.length:
             return self
-        return Sharding(self.keys, self.group, full, self.layout, self.route)  # type: ignore[arg-type]
+        layout, axis = self.layout, self.heads_axis
+        return Sharding(self.keys, self.group, full, layout, self.route, heads_axis=axis)  # type: ignore[arg-type]
 
     def with_mask(self, mask: Mask) -> Sharding:
-        """The same layout under another mask, with a plan of its own. Equal to passing ``mask=`` to a call."""
-        if mask == self.mask:
+        """The same layout under another mask, with a plan of its own. Equal to passing ``mask=`` to a call.
+
+        A route of ``"auto"`` is chosen anew.
+        """
+        if mask is self.mask or mask == self.mask:
             return self
         other = self._relatives.get(mask)
         if other is None:
-            other = replace(self, mask=mask)
+            given = (self.length, self.group, mask, self.layout, self._asked_route)
+            other = Sharding(*given, keys=self.keys, q_offset=self.q_offset, heads_axis=self.heads_axis)
             if len(self._relatives) >= 8:  # documents change every batch
                 self._relatives.pop(next(iter(self._relatives)))
             self._relatives[mask] = other
@@ -169,22 +207,30 @@ class Sharding:
             raise TypeError(
                 "a Sharding with a process group cannot be pickled; build it on each rank from the same arguments"
             )
-        make = partial(Sharding, keys=self.keys, q_offset=self.q_offset)
-        return make, (self.length, self.group, self.mask, self.layout, self.route)
+        make = partial(Sharding, keys=self.keys, q_offset=self.q_offset, heads_axis=self.heads_axis)
+        return make, (self.length, self.group, self.mask, self.layout, self._asked_route)
 
-    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire]:
-        """What an operator needs to run: the plan and the wire. The numbers of local tokens were checked before."""
-        return self.plan, self.wire
+    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire, Swap | None]:
+        """What an operator needs to run. The numbers of local tokens were checked before."""
+        return self._bound
 
     def _plan_of(self, rank: int) -> Plan:
         queries, keys = self._layouts
-        return derive(rank, queries, keys, self.mask, self.route, self.q_offset)  # type: ignore[arg-type]
+        return derive(rank, queries, keys, self.mask, self.route, self.q_offset)
 
     @cached_property
-    def _layouts(self) -> tuple[Layout, Layout]:
-        if isinstance(self.layout, Layout):
-            return self.layout, self.layout
-        return _laid_out(self.layout, self.length, self.ranks), _laid_out(self.layout, self.keys, self.ranks)
+    def _bound(self) -> tuple[Plan, Wire, Swap | None]:
+        ring, row = connect_axes(self.group, self._degree)
+        if row.ranks == 1:
+            return self.plan, ring, None
+        members = range(self.ring_rank * row.ranks, (self.ring_rank + 1) * row.ranks)
+        queries, keys = (tuple(map(x.split(row.ranks).tokens, members)) for x in self._layouts)
+        return self.plan, ring, Swap(row, queries, keys, rings=self.ring_ranks)
+
+    @property
+    def _held(self) -> Layout:
+        """What each rank holds, of all that there are."""
+        return self._layouts[0].split(self._degree)
 
     @cached_property
     def _relatives(self) -> dict[Mask, Sharding]:
@@ -204,7 +250,7 @@ def _(handle: Tensor, table: Tensor) -> Tensor:
 
 
 def _settle_layout(wanted: str | Layout, length: int, keys: int, ranks: int, mask: Mask) -> str | Layout:
-    """The name of a layout with "auto" decided, or a layout that fits."""
+    """The name of a layout that needs no mask, with "auto" decided, or a layout that fits."""
     if isinstance(wanted, Layout):
         wanted.check()
         if (wanted.length, wanted.ranks) != (length, ranks) or keys != length:
@@ -213,19 +259,49 @@ def _settle_layout(wanted: str | Layout, length: int, keys: int, ranks: int, mas
                 f"on {ranks}" + ("" if keys == length else f", and {keys} keys can only be laid out by name")
             )
         return wanted
+    name = _chosen_layout(length, keys, ranks, mask) if wanted == "auto" else wanted
+    if name == "balanced":
+        if keys != length:
+            raise ValueError(
+                f"Sharding: layout is 'balanced' and there are {keys} keys for {length} queries; documents are balanced "
+                f"where queries and keys are the same positions: accepted are {', '.join(map(repr, LAYOUTS))}"
+            )
+        return _balanced(length, ranks, mask)
+    if name not in LAYOUTS:
+        names = ", ".join(map(repr, ("auto", *LAYOUTS, "balanced")))
+        raise ValueError(f"Sharding: layout is {wanted!r}; accepted are {names}, or a Layout")
+    return name
+
+
+def _lay_out(layout: str | Layout, length: int, ranks: int) -> Layout:
+    return layout if isinstance(layout, Layout) else _laid_out(layout, length, ranks)
+
+
+def _settle_route(wanted: str | Route, queries: Layout, keys: Layout, mask: Mask, q_offset: int, group: Group) -> Route:
+    """The route, with "auto" decided, if it fits the ranks of a ring."""
     if wanted == "auto":
-        return layouts.choose(length, ranks, mask)
-    if wanted not in LAYOUTS:
-        raise ValueError(f"Sharding: layout is {wanted!r}; accepted are 'auto', {', '.join(map(repr, LAYOUTS))}")
-    return wanted
+        homes = nodes(group)
+        homes = homes if queries.ranks % homes == 0 else 1
+        route = _chosen_route(queries, keys, mask, q_offset, homes)
+    elif isinstance(wanted, str):
+        if wanted not in ROUTES:
+            names = ", ".join(map(repr, ("auto", *ROUTES)))
+            raise ValueError(f"Sharding: route is {wanted!r}; accepted are {names}, or a value as rf.double_ring(2, 4)")
+        route = ROUTES[wanted]
+    elif callable(getattr(wanted, "tour", None)):
+        route = wanted
+    else:
+        raise TypeError(f"Sharding: route is {wanted!r}; a name is needed, or a value such as rf.double_ring(2, 4)")
+    try:
+        tour_of(route, queries.ranks)
+    except ValueError as error:
+        raise ValueError(f"Sharding: {error}") from None
+    return route
 
 
-def _settle_route(wanted: str | Route) -> Route:
-    if not isinstance(wanted, str):
-        return wanted
-    if wanted != "auto" and wanted not in ROUTES:
-        raise ValueError(f"Sharding: route is {wanted!r}; accepted are 'auto', {', '.join(map(repr, ROUTES))}")
-    return ROUTES["ring" if wanted == "auto" else wanted]
+# A sharding is built for every batch, and most of what decides it comes again.
+_chosen_layout = lru_cache(maxsize=64)(choose_layout)
+_chosen_route = lru_cache(maxsize=64)(choose_route)
 
 
 @lru_cache(maxsize=128)
@@ -233,32 +309,37 @@ def _laid_out(name: str, length: int, ranks: int) -> Layout:
     return LAYOUTS[name](length, ranks)
 
 
+@lru_cache(maxsize=16)
+def _balanced(length: int, ranks: int, mask: Mask) -> Layout:
+    return replace(balanced(length, ranks, mask), name="balanced")
+
+
 def plan(s: Sharding) -> Plan:
     """What this rank does under ``s``; print it.
 
-    >>> print(plan(Sharding(8, (1, 2), layout="contiguous")))
-    rank 1 of 2: 4 queries, causal, Ring()
-    step  computes with               sends onward      sends home
-       0  shard 1 (10 cells)          -                 -
-       1  shard 0 (16 cells)          -                 0 to rank 0
+    >>> print(plan(Sharding(8, (1, 2), layout="contiguous", route="ring")))
+    rank 1 of 2: 4 queries, causal, ring
+    step  computes with       sends onward  sends home
+       0  shard 1 (10 cells)  -             -
+       1  shard 0 (16 cells)  -             0 to rank 0
     """
     return s.plan
 
 
 def plans(s: Sharding) -> list[Plan]:
-    """The plans of all ranks, for :func:`ringflash.verify` and pictures. Nothing is sent: each is derived here."""
-    return [s._plan_of(rank) for rank in range(s.ranks)]
+    """The plans of all ranks of a ring, for :func:`ringflash.verify` and pictures. Nothing is sent: each is derived here."""
+    return [s._plan_of(rank) for rank in range(s.ring_ranks)]
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, s: Sharding, dim: int) -> Tensor:
         ctx.sharding, ctx.dim = s, dim  # type: ignore[attr-defined]
-        layout = s.plan.queries
+        layout = s._held
         longest = max(map(layout.tokens, range(s.ranks)))
         padded = x.new_zeros(longest, *x.shape[:dim], *x.shape[dim + 1 :])  # gathers need equal shapes
         padded[: x.shape[dim]] = x.movedim(dim, 0)
-        parts = [part[: layout.tokens(rank)] for rank, part in enumerate(s.wire.all_gather(padded))]
+        parts = [part[: layout.tokens(rank)] for rank, part in enumerate(connect_all(s.group).all_gather(padded))]
         order = np.concatenate([layout.positions(rank) for rank in range(s.ranks)])
         whole = torch.empty_like(torch.cat(parts))
         whole[torch.from_numpy(order).to(x.device)] = torch.cat(parts)
@@ -267,8 +348,9 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         total = gradient.clone(memory_format=torch.contiguous_format)
-        ctx.sharding.wire.all_reduce(total)  # type: ignore[attr-defined]
-        return ctx.sharding.shard(total, ctx.dim), None, None  # type: ignore[attr-defined]
+        s, dim = ctx.sharding, ctx.dim  # type: ignore[attr-defined]
+        connect_all(s.group).all_reduce(total)
+        return s.shard(total, dim), None, None
 
 
 def _count(value: object, name: str) -> int:

@@ -119,9 +119,45 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "layout": (
         lambda: rf.Sharding(8, (0, 2), layout="zig"),
         ValueError,
-        "layout is 'zig'; accepted are 'auto', 'contig",
+        "layout is 'zig'; accepted are 'auto', 'contiguous', 'zigzag', 'striped', 'balanced', or a Layout",
+    ),
+    "balanced keys": (
+        lambda: rf.Sharding(8, (0, 2), rf.documents([0, 3, 6]), "balanced", keys=6, q_offset=0),
+        ValueError,
+        "layout is 'balanced' and there are 6 keys for 8 queries",
     ),
     "route": (lambda: rf.Sharding(8, (0, 2), route="tree"), ValueError, "route is 'tree'; accepted are 'auto', 'ring'"),
+    "route type": (
+        lambda: rf.Sharding(8, (0, 2), route=rf.double_ring),
+        TypeError,
+        "a name is needed, or a value such as rf.double_ring",
+    ),
+    "route that does not fit": (
+        lambda: rf.Sharding(8, (0, 12), route=rf.double_ring(2, 4), heads_axis=2),
+        ValueError,
+        r"Sharding: route is double_ring\(2, 4\), for 8 ranks; there are 6",
+    ),
+    "degree": (
+        lambda: rf.Sharding(8, (0, 12), heads_axis=5),
+        ValueError,
+        "heads_axis is 5, and the group has 12 ranks; 12 can be cut by 1, 2, 3, 4, 6, 12$",
+    ),
+    "degree 0": (lambda: rf.Sharding(8, (0, 2), heads_axis=0), ValueError, "heads_axis is 0, and the group has 2"),
+    "degree type": (
+        lambda: rf.Sharding(8, (0, 2), heads_axis=1.5),
+        TypeError,
+        "heads_axis is 1.5; the name of an axis",
+    ),
+    "axis of no mesh": (
+        lambda: rf.Sharding(8, (0, 2), heads_axis="heads"),
+        ValueError,
+        "heads_axis is 'heads'; only the axes of a DeviceMesh have names.*as heads_axis=2",
+    ),
+    "layout for all ranks": (
+        lambda: rf.Sharding(8, (0, 4), layout=rf.Layout(((range(0, 8),), (), (), ())), heads_axis=2),
+        ValueError,
+        "layout has 8 positions on 4 ranks; needed are 8 on 2",
+    ),
     "rank": (lambda: rf.Sharding(8, (2, 2)), ValueError, r"group is \(2, 2\); a pair means"),
     "group": (lambda: rf.Sharding(8, "world"), TypeError, "group is of type str; accepted are"),
     "length": (lambda: rf.Sharding(-1, (0, 2)), ValueError, "length is -1"),
@@ -163,6 +199,21 @@ def test_bad_input_is_refused_in_one_clear_sentence(name: str) -> None:
     call, kind, sentence = CALLS[name]
     with pytest.raises(kind, match=sentence):
         call()
+
+
+def test_heads_that_a_row_cannot_share_are_refused_before_anything_is_sent() -> None:
+    """On every rank, with the degrees that would do."""
+
+    def one_rank(group: Any) -> bool:
+        s = rf.Sharding(8, group, heads_axis=4)
+        x = torch.ones(1, s.local_length, 6, 8)
+        with pytest.raises(
+            ValueError, match=r"cannot share 6 query heads .*: 1 \(in rings of 8\), 2 \(in rings of 4\)"
+        ):
+            rf.ring_attention(x, x, x, s)
+        return group.wire._state.asked == group.wire._state.mail == {}
+
+    assert all(rf.local_world(8).run(one_rank))
 
 
 def test_nothing_is_sent_before_an_error() -> None:

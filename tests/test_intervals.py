@@ -177,7 +177,7 @@ def test_blocks_compute_every_cell_of_every_visit_exactly_once(planned, block_q,
     for plan in rf.plans(s):
         for visit in plan.legs.visits:
             table = intervals_of(plan, visit.shard, CPU)
-            queries, keys = len(plan.q_positions), plan.keys.tokens(visit.shard)
+            queries, keys = len(plan.q_positions), plan.key_tokens(visit.shard)
             expected = table.seen(slice(0, queries), slice(0, keys)).int()
             rows = len(expected)
             by_queries = torch.zeros(rows, -(-queries // block_q) * block_q, -(-keys // block_k) * block_k).int()
@@ -210,15 +210,15 @@ def test_blocks_compute_every_cell_of_every_visit_exactly_once(planned, block_q,
 def test_one_build_for_all_hops_is_every_hop_built_alone(planned):
     """Views of the wrong part of the buffer would be another hop's keys."""
     s, _ = planned
-    for plan in rf.plans(s):
+    for plan in [*rf.plans(s), *(plan.turned for plan in rf.plans(s))]:
         cache = module._Cache(1 << 20)
         for shard in range(s.ranks):  # also those that are not visited
             together, alone = cache.get(plan, shard, CPU), Intervals(plan, shard, CPU)
             for mine, expected in zip((together.begin, together.end), plan.intervals(shard), strict=True):
                 assert mine.dtype == torch.int32
                 assert np.array_equal(mine.numpy(), expected)
-            assert together.key_positions.tolist() == plan.keys.positions(shard).tolist()
-            assert together.query_positions.tolist() == plan.q_positions.tolist()
+            assert together.key_positions.tolist() == plan.sides(shard)[1].tolist()
+            assert together.query_positions.tolist() == plan.sides(shard)[0].tolist()
             assert together.tiles == alone.tiles
             for blocks in ("query_blocks", "key_blocks"):
                 assert torch.equal(getattr(together, blocks)(3, 2), getattr(alone, blocks)(3, 2))

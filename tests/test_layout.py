@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ringflash as rf
-from ringflash.layout import LAYOUTS, choose
+from ringflash.layout import LAYOUTS
+from ringflash.route import ROUTES
 
 NAMES = sorted(LAYOUTS)
 
@@ -49,6 +51,21 @@ def test_below_counts(name, length, ranks, asked):
     for rank in range(ranks):
         counted = [sum(p < x for p in layout.positions(rank).tolist()) for x in asked]
         assert layout.below(rank, np.array(asked, dtype=np.int64)).tolist() == counted
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(length=st.integers(0, 50), ranks=st.integers(1, 6), ways=st.integers(1, 6))
+@settings(max_examples=60)
+def test_split_cuts_each_shard_evenly_and_in_order(name, length, ranks, ways):
+    """The parts of a shard put in a row are the shard again, still sorted, and none is fuller by more than a position."""
+    layout = LAYOUTS[name](length, ranks)
+    parts = layout.split(ways)
+    parts.check()
+    assert parts.ranks == ranks * ways
+    for rank in range(ranks):
+        row = [parts.positions(rank * ways + i).tolist() for i in range(ways)]
+        assert [p for part in row for p in part] == layout.positions(rank).tolist()
+        assert max(map(len, row)) - min(map(len, row)) <= 1
 
 
 @given(st.integers(0, 30), st.integers(1, 6), st.sampled_from(NAMES), st.sampled_from([-2, 0, 1, 2]))
@@ -137,6 +154,20 @@ def test_check_refuses_what_is_no_partition(runs, words):
         rf.Sharding(6, (0, len(runs)), layout=layout)
 
 
+@given(st.lists(st.lists(st.integers(0, 9), max_size=9), min_size=1, max_size=3), st.booleans())
+@settings(max_examples=200)
+def test_check_accepts_partitions_and_nothing_else(cuts, permuted):
+    """By arithmetic on runs: what it says of solid runs is what their positions say, one by one."""
+    shards = [sorted({p for p in shard if not permuted or p % len(cuts) == i}) for i, shard in enumerate(cuts)]
+    runs = tuple(tuple(range(p, p + 1) for p in shard) for shard in shards)
+    held = sorted(p for shard in shards for p in shard)
+    if held == list(range(len(held))):
+        rf.Layout(runs).check()
+    else:
+        with pytest.raises(ValueError, match="exactly one rank"):
+            rf.Layout(runs).check()
+
+
 def test_a_layout_of_ones_own_is_taken():
     """Anything that partitions the sequence is a layout, also with empty ranks."""
     layout = rf.Layout(((range(2, 3),), (), (range(0, 2), range(3, 5))))
@@ -173,8 +204,7 @@ CHOSEN = [
 @pytest.mark.parametrize(("mask", "name"), CHOSEN, ids=str)
 def test_auto_balances_what_grows_and_keeps_neighbours_together(mask, name):
     """A pure function of what is equal on all ranks, so that nobody has to send anything to agree."""
-    assert choose(64, 4, mask) == name
-    assert {rf.Sharding(64, (rank, 4), mask).layout for rank in range(4)} == {name}
+    assert {str(rf.Sharding(64, (rank, 4), mask).layout) for rank in range(4)} == {name}
 
 
 def test_layouts_compare_by_value_and_print_short():
@@ -183,3 +213,50 @@ def test_layouts_compare_by_value_and_print_short():
     assert hash(LAYOUTS["zigzag"](12, 2)) == hash(LAYOUTS["zigzag"](12, 2))
     assert repr(LAYOUTS["striped"](5, 2)) == "Layout(5 positions on 2 ranks: 0: [0, 5) by 2; 1: [1, 4) by 2)"
     assert len(repr(LAYOUTS["zigzag"](10_000, 100))) < 200
+    assert len(repr(rf.Layout((tuple(range(i, i + 1) for i in range(0, 2000, 2)),)))) < 200
+
+
+def test_the_name_of_a_layout_is_for_messages_alone():
+    """Layouts that place everything alike share plans, whatever they are called; the name survives a split and a pickle."""
+    plain, named = rf.Layout(((range(0, 4),), (range(4, 6),))), rf.Layout(((range(0, 4),), (range(4, 6),)), "my own")
+    assert plain == named and hash(plain) == hash(named)
+    assert str(named) == str(named.split(2)) == str(pickle.loads(pickle.dumps(named))) == "my own"
+    assert repr(named) == "Layout(my own, 6 positions on 2 ranks: 0: [0, 4); 1: [4, 6))" and str(plain) == repr(plain)
+    s = rf.Sharding(6, (0, 2), layout=named)
+    with pytest.raises(ValueError, match="holds 4 of 6 in the my own layout"):
+        rf.ring_attention(*(torch.ones(1, 6, 1, 8),) * 3, s)
+
+
+PACKED = rf.causal & rf.documents((0, 3, 4, 40, 41, 60, 64))
+
+
+def test_balanced_documents_are_a_layout_with_a_name():
+    """Settled when the sharding is made: the same under every mask and on every rank, and named in messages."""
+    everyone = [rf.Sharding(64, (rank, 4), PACKED, "balanced") for rank in range(4)]
+    assert len({s.layout for s in everyone}) == 1 and str(everyone[0].layout) == "balanced"
+    assert sorted(p for s in everyone for p in s.positions.tolist()) == list(range(64))
+    assert {s.local_length for s in everyone} == {16}
+    other = everyone[1].with_mask(rf.causal)
+    assert other.layout == everyone[1].layout and torch.equal(other.positions, everyone[1].positions)
+    shared = rf.Sharding(64, (5, 8), PACKED, "balanced", heads_axis=2)
+    assert shared.layout == everyone[0].layout and shared.ring_ranks == 4
+
+
+def test_a_held_sharding_finds_what_it_has_worked_out():
+    """Layers ask for the plan and for their own mask in every forward; nothing is derived again."""
+    s = rf.Sharding(64, (0, 4), PACKED, "balanced")
+    other = s.with_mask(rf.causal & rf.window(3, 0))
+    assert s.plan is s.plan and s.with_mask(rf.window(3, 0) & rf.causal) is other
+    again = rf.Sharding(64, (0, 4), rf.causal & rf.documents((0, 3, 4, 40, 41, 60, 64)), "balanced")
+    assert again == s and again.plan is s.plan
+
+
+def test_an_automatic_route_is_chosen_for_each_mask(monkeypatch):
+    """And a given one is kept: with_mask is the sharding that somebody would have made with that mask."""
+    monkeypatch.setattr(
+        "ringflash.shard._chosen_route", lambda q, k, mask, *_: ROUTES["ring" if mask == rf.full else "gather"]
+    )
+    chosen, given = (rf.Sharding(64, (0, 4), rf.full, route=route) for route in ("auto", "ring"))
+    assert (chosen.route, given.route) == (ROUTES["ring"], ROUTES["ring"])
+    assert (chosen.with_mask(rf.causal).route, given.with_mask(rf.causal).route) == (ROUTES["gather"], ROUTES["ring"])
+    assert pickle.loads(pickle.dumps(chosen)).with_mask(rf.causal).route == ROUTES["gather"]

@@ -73,6 +73,31 @@ def test_messages_arrive_as_they_were_sent():
     assert rf.local_world(3).run(one_rank) == [[20, 21, 22], [0, 1, 2], [10, 11, 12]]
 
 
+def test_channels_do_not_wait_for_each_other():
+    """A slow link has a queue of its own: its messages match among themselves, in whatever order channels are used."""
+
+    def one_rank(group: Any) -> list[float]:
+        into = [torch.zeros(1) for _ in range(4)]
+        for channel, value in ((1, 10.0), (0, 20.0), (1, 11.0), (0, 21.0)):
+            group.wire.exchange([(1 - group.rank, torch.tensor([value + group.rank / 2]))], [], channel)
+        pending = [group.wire.exchange([], [(1 - group.rank, x)], c) for x, c in zip(into, (0, 0, 1, 1), strict=True)]
+        for batch in reversed(pending):
+            batch.wait()
+        return [x.item() for x in into]
+
+    assert rf.local_world(2).run(one_rank) == [[20.5, 21.5, 10.5, 11.5], [20, 21, 10, 11]]
+
+
+def test_a_deadlock_names_the_channel():
+    """A message that was sent, but by another channel, is none."""
+
+    def one_rank(group: Any) -> None:
+        group.wire.exchange([(1 - group.rank, torch.zeros(1))], [(1 - group.rank, torch.zeros(1))], group.rank).wait()
+
+    with pytest.raises(rf.DeadlockError, match=r"rank 0 waits for message 0 of rank 1; rank 1 waits .* on channel 1"):
+        rf.local_world(2).run(one_rank)
+
+
 def test_collectives_give_every_rank_the_same_bits():
     """Sums are taken in the order of the ranks, everywhere."""
 

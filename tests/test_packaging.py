@@ -34,7 +34,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ringflash", "ringflash_kernels"}
-    assert {"ringflash/py.typed", "ringflash_kernels/py.typed"} <= set(names)
+    assert {"ringflash/py.typed", "ringflash_kernels/py.typed", "ringflash/forecast/hardware.toml"} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

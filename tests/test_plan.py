@@ -29,7 +29,8 @@ def planned(draw: st.DrawFn) -> tuple[rf.Sharding, Masked]:
     offset = draw(st.sampled_from([0, keys - queries]) | st.integers(-8, 8))
     masked = draw(masks(keys, rows))
     layout = draw(st.sampled_from(NAMES))
-    return rf.Sharding(queries, (0, ranks), masked.mask, layout, keys=keys, q_offset=offset), masked
+    route = draw(st.sampled_from(["ring", "ring_down"]))
+    return rf.Sharding(queries, (0, ranks), masked.mask, layout, route, keys=keys, q_offset=offset), masked
 
 
 def visible(s: rf.Sharding, masked: Masked) -> list[set[tuple[int, int]]]:
@@ -50,7 +51,7 @@ def test_every_visible_cell_is_computed_exactly_once(planned):
     for plan in rf.plans(s):
         for visit in plan.legs.visits:
             begin, end = plan.intervals(visit.shard)
-            keys = plan.keys.positions(visit.shard).tolist()
+            keys = plan.sides(visit.shard)[1].tolist()
             for row, cells in enumerate(computed):
                 for q, b, e in zip(plan.q_positions.tolist(), begin[row], end[row], strict=True):
                     cells.update((q, k) for k in keys[b:e])
@@ -71,10 +72,11 @@ def test_a_hop_that_the_plan_dropped_carried_nothing_anybody_could_see(planned):
     for plan in plans:
         mine = plan.q_positions.tolist()
         met = {r for r in range(s.ranks) if any((q, k) in cells for q in mine for k in plan.keys.positions(r).tolist())}
-        assert {v.shard for v in plan.legs.visits} == met == {r for r in range(s.ranks) if table[plan.rank, r]}
-    for shard in range(s.ranks):  # and a shard goes no further than to the last who needs it
-        visitors = {(p.rank - shard) % s.ranks for p in plans for v in p.legs.visits if v.shard == shard}
-        assert sum(m.shard == shard for p in plans for m in p.legs.onward_out) == max(visitors, default=0)
+        assert {v.shard for v in plan.legs.visits} == met == set(table.owner[table.seen[plan.rank]].tolist())
+    direction = s.route.direction
+    for piece, part in enumerate(table.parts):  # and a piece goes no further than to the last who needs it
+        visitors = {(r - part.shard) * direction % s.ranks for r in range(s.ranks) if table.seen[r, piece]}
+        assert sum(piece in m.pieces for p in plans for m in p.legs.onward_out) == max(visitors, default=0)
 
 
 @given(planned())
@@ -134,11 +136,12 @@ def test_striped_shards_differ_by_one_on_the_diagonal(ranks):
 
 @pytest.mark.parametrize("reach", [0, 1, 3, 4, 5, 8, 9, 31, 40])
 def test_a_window_prunes_a_contiguous_ring(reach):
-    """A shard travels as many hops as the window reaches shards, and its total comes home in as many."""
+    """A shard travels as many hops as the window reaches shards; what nobody further along sees goes home from where it is."""
     ranks, shard = 8, 4
     verdict = rf.verify(rf.plans(rf.Sharding(ranks * shard, (0, ranks), rf.window(reach, 0), "contiguous")))
     behind = [min(ceil(reach / shard), ranks - 1 - owner) for owner in range(ranks)]
-    assert verdict.onward_hops == verdict.home_hops == sum(behind)
+    assert verdict.onward_hops == sum(behind)
+    assert sum(behind) <= verdict.home_hops <= 2 * sum(behind)
     assert verdict.visits == ranks + sum(behind)
 
 
@@ -178,13 +181,13 @@ def without(field: str, **wanted: int) -> Callable[[Legs], Legs]:
     def change(legs: Legs) -> Legs:
         kept = tuple(m for m in getattr(legs, field) if any(getattr(m, k) != v for k, v in wanted.items()))
         assert len(kept) == len(getattr(legs, field)) - 1
-        return replace(legs, **{field: kept})
+        return legs._replace(**{field: kept})
 
     return change
 
 
 def extra(field: str, move: Visit | Transfer) -> Callable[[Legs], Legs]:
-    return lambda legs: replace(legs, **{field: tuple(sorted((*getattr(legs, field), move)))})
+    return lambda legs: legs._replace(**{field: tuple(sorted((*getattr(legs, field), move)))})
 
 
 def chain(*changes: Callable[[Legs], Legs]) -> Callable[[Legs], Legs]:
@@ -196,18 +199,26 @@ def chain(*changes: Callable[[Legs], Legs]) -> Callable[[Legs], Legs]:
     return change
 
 
+def sent(step: int, peer: int, shard: int) -> Transfer:
+    """One end of a message with all of a shard, used in the step after it is posted."""
+    return Transfer(step, step + 1, 0, peer, shard, (shard,))
+
+
 # On a full ring of 4, shard 1 goes 1 -> 2 -> 3 -> 0, and its total 2 -> 3 -> 0 -> 1.
 FAULTS = {
     "a visit is dropped": ({2: without("visits", shard=1)}, "rank 2 computes 12 cells, but its queries see 16"),
-    "a visit is duplicated": ({2: extra("visits", Visit(3, 1))}, r"rank 2 visits a shard twice: \[0, 1, 1, 2, 3\]"),
+    "a visit is duplicated": (
+        {2: extra("visits", Visit(3, 1, (1,)))},
+        r"rank 2 visits a shard twice: \[0, 1, 1, 2, 3\]",
+    ),
     "two visits share a step": (
-        {2: chain(without("visits", shard=1), extra("visits", Visit(2, 1)))},
+        {2: chain(without("visits", shard=1), extra("visits", Visit(2, 1, (1,))))},
         "rank 2 visits two shards in one step",
     ),
     "a send onward is dropped": ({2: without("onward_out", shard=1)}, "step 1, rank 2 to 3, shard 1, lacks an end"),
     "a receive onward is dropped": ({3: without("onward_in", shard=1)}, "step 1, rank 2 to 3, shard 1, lacks an end"),
     "a message onward is sent twice": (
-        {2: extra("onward_out", Transfer(1, 3, 1)), 3: extra("onward_in", Transfer(1, 2, 1))},
+        {2: extra("onward_out", sent(1, 3, 1)), 3: extra("onward_in", sent(1, 2, 1))},
         "step 1, rank 2 to 3, shard 1, lacks an end",
     ),
     "both ends onward are dropped": (
@@ -219,8 +230,8 @@ FAULTS = {
             2: chain(
                 without("visits", shard=1),
                 without("visits", shard=2),
-                extra("visits", Visit(0, 1)),
-                extra("visits", Visit(1, 2)),
+                extra("visits", Visit(0, 1, (1,))),
+                extra("visits", Visit(1, 2, (2,))),
             )
         },
         "rank 2 uses shard 1 at step 0 without holding it",
@@ -232,37 +243,37 @@ FAULTS = {
     ),
     "the last hop home is lost": (
         {0: without("home_out", shard=1), 1: without("home_in", shard=1)},
-        r"total of shard 1 reaches rank 0 with the shares of ranks \[2, 3\]",
+        r"total of shard 1 reaches its owner with the shares of ranks \[\]",
     ),
     "a total goes to the wrong owner": (
         {
-            0: chain(without("home_out", shard=1), extra("home_out", Transfer(3, 2, 1))),
+            0: chain(without("home_out", shard=1), extra("home_out", sent(3, 2, 1))),
             1: without("home_in", shard=1),
-            2: extra("home_in", Transfer(3, 0, 1)),
+            2: extra("home_in", sent(3, 0, 1)),
         },
-        r"total of shard 1 reaches rank 2 with the shares of ranks \[2, 3, 0\]",
+        r"total of shard 1 reaches its owner with the shares of ranks \[\]",
     ),
     "a total passes a visitor by": (
         {
-            2: chain(without("home_out", shard=1), extra("home_out", Transfer(1, 0, 1))),
+            2: chain(without("home_out", shard=1), extra("home_out", sent(1, 0, 1))),
             3: chain(without("home_out", shard=1), without("home_in", shard=1)),
-            0: chain(without("home_in", shard=1), extra("home_in", Transfer(1, 2, 1))),
+            0: chain(without("home_in", shard=1), extra("home_in", sent(1, 2, 1))),
         },
-        r"total of shard 1 reaches rank 1 with the shares of ranks \[2, 0\]",
+        r"total of shard 1 reaches its owner with the shares of ranks \[2, 0\]",
     ),
     "a total leaves before its visit": (
         {
-            2: chain(without("home_out", shard=1), extra("home_out", Transfer(0, 3, 1))),
-            3: chain(without("home_in", shard=1), extra("home_in", Transfer(0, 2, 1))),
+            2: chain(without("home_out", shard=1), extra("home_out", sent(0, 3, 1))),
+            3: chain(without("home_in", shard=1), extra("home_in", sent(0, 2, 1))),
         },
         "total of shard 1 leaves rank 2 at step 0 out of turn",
     ),
     "a total leaves before what came to it": (
         {
-            2: chain(without("home_out", shard=1), extra("home_out", Transfer(3, 3, 1))),
-            3: chain(without("home_in", shard=1), extra("home_in", Transfer(3, 2, 1))),
+            2: chain(without("home_out", shard=1), extra("home_out", sent(3, 3, 1))),
+            3: chain(without("home_in", shard=1), extra("home_in", sent(3, 2, 1))),
         },
-        "total of shard 1 leaves rank 2 at step 3 out of turn",
+        r"total of shard 1 reaches its owner with the shares of ranks \[3, 0\]",
     ),
 }
 
@@ -290,7 +301,7 @@ def test_verify_misses_no_lost_move(planned, field, data):
         return
     rank = data.draw(st.sampled_from(having))
     move = data.draw(st.sampled_from(getattr(plans[rank].legs, field)))
-    lost = without(field, **{name: getattr(move, name) for name in move.__dataclass_fields__})
+    lost = without(field, **{name: getattr(move, name) for name in move._fields})
     with pytest.raises(rf.PlanError):
         rf.verify(rebuilt(plans, {rank: lost}))
 
@@ -321,11 +332,11 @@ def test_a_plan_prints_its_steps():
     """What a rank does is short enough to read."""
     s = rf.Sharding(12, (1, 3), layout="zigzag")
     assert [line.rstrip() for line in str(rf.plan(s)).splitlines()] == [
-        "rank 1 of 3: 4 queries, causal, Ring()",
-        "step  computes with               sends onward      sends home",
-        "   0  shard 1 (10 cells)          1 to rank 2       -",
-        "   1  shard 0 (8 cells)           0 to rank 2       0 to rank 2",
-        "   2  shard 2 (8 cells)           -                 2 to rank 2",
+        "rank 1 of 3: 4 queries, causal, ring",
+        "step  computes with       sends onward            sends home",
+        "   0  shard 1 (10 cells)  1 to rank 2             -",
+        "   1  shard 0 (8 cells)   0 (2 tokens) to rank 2  0 (2 tokens) to rank 2",
+        "   2  shard 2 (8 cells)   -                       2 to rank 2",
     ]
 
 

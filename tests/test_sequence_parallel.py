@@ -409,6 +409,25 @@ def test_a_copy_of_a_wrapped_model_is_a_model_of_its_own() -> None:
     assert agree(rf.local_world(2).run(one_rank)[0], trained(1)[0][2])
 
 
+@pytest.mark.parametrize(
+    "topology", [{"heads_axis": 2}, {"heads_axis": 4, "route": "gather"}, {"route": "ring_down"}], ids=str
+)
+def test_topology_changes_nothing(topology: dict[str, Any]) -> None:
+    """Swapping heads and other routes give one process's loss and raw gradients too, also to a copy of the wrapper."""
+
+    def one_rank(group: Any) -> tuple[float, dict[str, Tensor | None], tuple[Any, ...]]:
+        wrapped = copy.deepcopy(rf.SequenceParallel(copy.deepcopy(BASE), group, layout="zigzag", **topology))
+        out = wrapped(input_ids=IDS, labels=LABELS)
+        out.loss.backward()
+        s = wrapped.sharding
+        return out.loss.item(), {n: p.grad for n, p in wrapped.module.named_parameters()}, (s.heads_axis, str(s.route))
+
+    loss, _, grads = trained(1)[0]
+    for rank_loss, rank_grads, spread in rf.local_world(4).run(one_rank):
+        assert abs(rank_loss - loss.item()) < 1e-12 and agree(rank_grads, grads)
+        assert spread[0] == topology.get("heads_axis", 1) and topology.get("route", spread[1]) == spread[1]
+
+
 def test_a_pickled_sharding_is_built_anew() -> None:
     """A handle means something in one process only; a sharding with a group belongs to its process."""
     s = rf.Sharding(9, (1, 2), rf.window(3, 0), "striped")

@@ -126,10 +126,15 @@ def bend(scores, query_position, key_position, slope, scale, softcap, SOFTCAP: t
 
 @triton.jit
 def kept(seed, query_position, key_position, head, batch, threshold):
-    """Which weights dropout keeps: Philox4x32-10 on (key, query, head, batch), as in ``ringflash.reference.keep_mask``."""
+    """Which weights dropout keeps: Philox4x32-10 on (key, query, head, batch), as in ``ringflash.reference.keep_mask``.
+
+    Above the 32 bits of ``threshold`` stands the number of the first head, plus 1 so that they are always 64: an argument of
+    its own would move the registers of kernels that drop nothing, and one of them would spill in its loop.
+    """
+    head = head.to(tl.uint32) + (threshold >> 32).to(tl.uint32) - 1
     key, query = tl.broadcast(key_position.to(tl.uint32), query_position.to(tl.uint32))
     zero = key & 0
-    word, _, _, _ = tl.philox(seed, key, query, zero + head.to(tl.uint32), zero + batch.to(tl.uint32))
+    word, _, _, _ = tl.philox(seed, key, query, zero + head, zero + batch.to(tl.uint32))
     return word >= threshold.to(tl.uint32)
 
 

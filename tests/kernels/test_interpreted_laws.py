@@ -33,6 +33,24 @@ def test_dropout_drops_what_the_reference_drops(seed):
     laws.check_dropout(seed)
 
 
+def test_dropout_counts_all_heads_where_ranks_share_them():
+    """Forward and backward of two ranks with half the heads each drop what one device drops."""
+    make = torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, 40, heads, 16, generator=make) for heads in (4, 2, 2, 4)]
+
+    def one_rank(group: object) -> list[torch.Tensor]:
+        s = rf.Sharding(40, group, rf.causal, heads_axis=2 if getattr(group, "ranks", 1) == 2 else 1)
+        q, k, v, dout = (s.shard(x, 1) for x in whole)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = rf.ring_attention(*leaves, s, dropout_p=0.5, seed=3, backend=BACKEND, deterministic=True)
+        (out * dout).sum().backward()
+        return [s.unshard(x, 1) for x in (out.detach(), *(x.grad for x in leaves))]
+
+    alone, shared = (rf.local_world(ranks).run(one_rank)[0] for ranks in (1, 2))
+    for a, b in zip(alone, shared, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", [2**40 + 3, -5])
 def test_a_seed_in_a_tensor_is_the_same_seed(seed):
     """The seed of a captured graph arrives as a tensor."""

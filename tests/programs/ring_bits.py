@@ -41,6 +41,33 @@ def everything(group: object, dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
+def topologies(group: object, dtype: torch.dtype, axes: object = None) -> list[Tensor]:
+    """Out, lse and gradients of this rank on every route, and with heads split over neighbours (``axes``: of a mesh)."""
+    ranks = rf.Sharding(LENGTH, group, rf.full, "contiguous", heads_axis=axes or 1).ranks
+    shapes = [(n, ranks // n) for n in range(1, ranks + 1) if ranks % n == 0]
+    doubles = [rf.double_ring(*shape, direction) for shape in shapes for direction in (1, -1)]
+    cases = [(route, 1) for route in ("ring_down", "gather", "needed_only", rf.direct(2), *doubles)]
+    cases += [("auto", degree) for degree in (2, 4) if ranks % degree == 0]
+    if axes:
+        cases = [("auto", axes)]
+    found: list[Tensor] = []
+    layouts = ("contiguous", "zigzag", "striped", "balanced")
+    documents = rf.causal & rf.documents([0, 2, 19, 30, LENGTH])
+    for number, (route, degree) in enumerate(cases):
+        for mask, layout in ((rf.causal, layouts[number % 3]), (documents, layouts[(number + 1) % 4])):
+            make = torch.Generator().manual_seed(number)
+            heads = (4, 4, 4, 4) if number % 2 else (4, 2, 2, 4)  # queries travel in the backward, or keys do
+            s = rf.Sharding(LENGTH, group, mask, layout, route, heads_axis=degree)
+            q, k, v, dout = (s.shard(torch.randn(2, LENGTH, n, 8, generator=make).to(dtype), 1) for n in heads)
+            for x in (q, k, v):
+                x.requires_grad_()
+            out, lse = rf.ring_attention(q, k, v, s, return_lse=True)
+            ((out * dout).sum() + lse.sum()).backward()
+            found += [x for x in (out.detach(), lse.detach(), q.grad, k.grad, v.grad) if x is not None]
+            found.append(s.unshard(out.detach(), 1))
+    return found
+
+
 def same_bits(real: list[Tensor], local: list[Tensor]) -> bool:
     return len(real) == len(local) and all(torch.equal(a, b) for a, b in zip(real, local, strict=True))
 
@@ -52,6 +79,12 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         local = rf.local_world(ranks).run(everything, dtype)[rank]
         assert same_bits(everything(None, dtype), local), f"rank {rank} of {ranks}, {dtype}"
+        local = rf.local_world(ranks).run(topologies, dtype)[rank]
+        assert same_bits(topologies(None, dtype), local), f"topologies: rank {rank} of {ranks}, {dtype}"
+    if ranks == 4:  # rings of two, whose shards two neighbours share
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "heads"))
+        local_grid = rf.local_world(4).run(topologies, torch.float32, 2)
+        assert same_bits(topologies(mesh, torch.float32, "heads"), local_grid[rank]), f"rank {rank}, mesh of heads"
     if ranks == 4:  # data x context: every rank is in a ring of two neighbours, and in one of every other rank
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
         local_pair = rf.local_world(2).run(everything, torch.float32)

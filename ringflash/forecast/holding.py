@@ -1,0 +1,98 @@
+"""What a rank holds while a plan runs: its own tensors, the parts that came by, the totals on their way home.
+
+The buffers are those of ``circulate.py``, step by step: a part is held from the step that posts its hop to the one that uses
+it last, what was cut out of it until it has left, a total until it has left two steps ago.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ringflash.forecast.workload import Workload
+from ringflash.needs import Part
+from ringflash.plan import Plan
+
+
+class InFlight(NamedTuple):
+    """Tokens that a rank holds: of other ranks' shards and copies on their way, and of totals (not its share of its own)."""
+
+    parts: int
+    totals: int
+
+
+def peak(forward: Sequence[Plan], backward: Sequence[Plan], workload: Workload) -> dict[str, int]:
+    """Bytes by kind of tensor, where all of them together are most: on the fullest rank, in the fuller pass."""
+    keys, queries = workload.keys, workload.queries
+    travelling = keys if backward[0].travels == "keys" else queries
+    held = [_own(plan, workload) | _flying(plan, workload.batch, keys.onward, 0) for plan in forward]
+    for plan in backward:
+        flying = _flying(plan, workload.batch, travelling.onward, travelling.home)
+        held.append(_own(plan, workload) | _gradients(plan, workload) | flying)
+    return max(held, key=lambda tensors: sum(tensors.values()))
+
+
+def _own(plan: Plan, workload: Workload) -> dict[str, int]:
+    """What attention takes and returns on this rank, with the carry in which it is summed."""
+    queries, keys = (workload.batch * layout.tokens(plan.rank) for layout in (plan.queries, plan.keys))
+    heads, kv_heads, d, dv = workload.local_heads, workload.local_kv_heads, workload.head_dim, workload.value_dim
+    carried = workload.itemsize < workload.wide and len(plan.meetings) > 1
+    return {
+        "q": queries * heads * d * workload.itemsize,
+        "k, v": keys * kv_heads * (d + dv) * workload.itemsize,
+        "out": queries * heads * dv * workload.itemsize,
+        "lse": queries * heads * workload.wide,
+        "partial out": queries * heads * dv * workload.wide if carried else 0,
+    }
+
+
+def _gradients(plan: Plan, workload: Workload) -> dict[str, int]:
+    """What the backward adds; sums are in the accumulation dtype."""
+    queries, keys = (workload.batch * layout.tokens(plan.rank) for layout in (plan.queries, plan.keys))
+    heads, kv_heads, d, dv = workload.local_heads, workload.local_kv_heads, workload.head_dim, workload.value_dim
+    return {
+        "partial out": 0,
+        "dout": queries * heads * dv * workload.itemsize,
+        "delta": queries * heads * workload.wide,
+        "dq": queries * heads * d * workload.wide,
+        "dk, dv": keys * kv_heads * (d + dv) * workload.wide,
+    }
+
+
+def _flying(plan: Plan, batch: int, onward: int, home: int) -> dict[str, int]:
+    """Bytes in flight where parts and totals together are most."""
+    most = max(in_flight(plan), key=lambda now: now.parts * onward + now.totals * home, default=InFlight(0, 0))
+    return {"parts in flight": most.parts * onward * batch, "totals in flight": most.totals * home * batch}
+
+
+def in_flight(plan: Plan) -> list[InFlight]:
+    """For each step of ``plan``: the most that is in flight at one time in it."""
+    parts: dict[int, Part] = {}  # what has come of other ranks' shards, or is to come
+    copies: dict[Part, int] = {}  # parts that were cut out to be sent, and the step by which they have left
+    rooms: dict[int, int] = {}  # tokens of totals that have come, or are to come, by shard
+    leaving: deque[int] = deque(maxlen=3)
+    last: Part | None = None  # cut out, and kept for the next who needs the same
+    found = []
+    for number, step in enumerate(plan.steps):
+        copies = {part: due for part, due in copies.items() if due > number or part == last}
+        for batch in step.onward:
+            parts |= {message.part.shard: message.part for message in batch.back}
+            for part in (message.part for message in batch.out):
+                if part != parts.get(part.shard):
+                    copies[part] = max(batch.due, copies.get(part, 0))
+                    last = part
+        arriving = [message.part for batch in step.home for message in batch.back]
+        for part in arriving:
+            rooms[part.shard] = rooms.get(part.shard, 0) + part.tokens
+        abroad = [meeting for meeting in step.visits if meeting.shard != plan.rank]
+        for meeting in abroad:  # the total that has come becomes the one that leaves
+            rooms.pop(meeting.shard, None)
+        leaving.append(sum(message.part.tokens for batch in step.home for message in batch.out))
+        held = sum(part.tokens for part in (*parts.values(), *copies))
+        shares = sum(meeting.part.tokens for meeting in abroad)
+        found.append(InFlight(held, sum(rooms.values()) + shares + sum(leaving)))
+        for shard in step.done_with:
+            parts.pop(shard, None)
+            last = None if last is not None and last.shard == shard else last
+    return found

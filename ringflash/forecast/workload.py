@@ -1,0 +1,108 @@
+"""What one attention call computes and sends for each token: the numbers that turn a plan into bytes and operations.
+
+A token of keys is k and v of all key heads. A token of queries, where queries travel in the backward, is q, dout, lse and
+delta of all query heads. Gradients come home in the accumulation dtype: float32, float64 for float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+from ringflash.plan import Cost
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+"""Bytes of one element, by dtype."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Shapes of one call: q ``[batch, tokens, heads, head_dim]``, k and v with ``kv_heads``, v with ``value_dim``.
+
+    ``degree`` ranks share each shard of the ring and swap heads for tokens (Ulysses); 1 is a ring alone. ``rows`` are the
+    batch rows that the mask tells apart: 1, or ``batch``.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+    degree: int = 1
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim", "value_dim", "batch", "degree"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"estimate: {name} is {value!r}; a whole number from 1 is needed")
+        if self.dtype not in ITEMSIZE:
+            raise ValueError(f"estimate: dtype is {self.dtype!r}; accepted are {', '.join(ITEMSIZE)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"estimate: heads is {self.heads}, which is no multiple of kv_heads, {self.kv_heads}")
+        if self.heads % self.degree:
+            raise ValueError(f"estimate: heads is {self.heads}, which heads_degree, {self.degree}, does not divide")
+        if self.rows not in (1, self.batch):
+            raise ValueError(f"estimate: batch is {self.batch}, and the mask has {self.rows} rows of documents")
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def wide(self) -> int:
+        """Bytes of one element of a sum: the accumulation dtype."""
+        return max(4, self.itemsize)
+
+    @property
+    def local_heads(self) -> int:
+        """Query heads of one rank inside the ring."""
+        return self.heads // self.degree
+
+    @property
+    def local_kv_heads(self) -> int:
+        """Key heads of one rank inside the ring: copied only where the queries of one are on several ranks."""
+        return self.local_heads // gcd(self.local_heads, self.heads // self.kv_heads)
+
+    @property
+    def keys(self) -> Cost:
+        """Bytes of a token where keys and values travel: k, v onward; dk, dv home."""
+        row = self.local_kv_heads * (self.head_dim + self.value_dim)
+        return Cost(row * self.itemsize, row * self.wide)
+
+    @property
+    def queries(self) -> Cost:
+        """Bytes of a token where queries travel: q, dout, lse, delta onward; dq home."""
+        onward = self.local_heads * ((self.head_dim + self.value_dim) * self.itemsize + 2 * self.wide)
+        return Cost(onward, self.local_heads * self.head_dim * self.wide)
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Dense floating-point operations of one rank for one (query, key) pair and batch row, by pass.
+
+        Forward: q k' and p v. Backward: q k', dout v', p' dout, ds k and ds' q, 2.5 times as many if head dims are equal.
+        """
+        d, dv = self.head_dim, self.value_dim
+        return {"forward": 2 * self.local_heads * (d + dv), "backward": 2 * self.local_heads * (3 * d + 2 * dv)}
+
+    @property
+    def pairs_per_cell(self) -> float:
+        """Batch rows that one counted cell stands for: plans count the cells of all rows that their mask tells apart."""
+        return self.batch / self.rows
+
+    def exchanged(self, phase: str, query_tokens: int, key_tokens: int) -> tuple[int, int]:
+        """Bytes that a rank with so many tokens sends to each other of its ``degree``, before and after the ring."""
+        if self.degree == 1:
+            return 0, 0
+        heads, group, d, dv = self.local_heads, self.heads // self.kv_heads, self.head_dim, self.value_dim
+        kv_heads = max((at + heads - 1) // group - at // group + 1 for at in range(0, self.heads, heads))  # each once
+        keys, queries = kv_heads * (d + dv), heads * d
+        if phase == "forward":
+            before = (query_tokens * queries + key_tokens * keys) * self.itemsize
+            after = query_tokens * heads * (dv * self.itemsize + self.wide)  # out and lse
+        else:
+            rows = heads * ((d + dv) * self.itemsize + 2 * self.wide)  # q, dout, lse, delta
+            before = query_tokens * rows + key_tokens * keys * self.itemsize
+            after = (query_tokens * queries + key_tokens * keys) * self.wide
+        return self.batch * before, self.batch * after
