@@ -42,8 +42,7 @@ def main() -> None:
     records: list[Record] = []
     for name, rows in tables.items():
         table = list(rows)
-        print(f"\n{name}\n")
-        print(markdown(table), flush=True)
+        print(f"\n{name}\n\n{markdown(table)}", flush=True)
         records += [{"benchmark": name, "length": options.length} | row for row in table]
     path = write("planning", records)
     worst = max(

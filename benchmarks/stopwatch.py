@@ -12,9 +12,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+_Result = TypeVar("_Result")
 
 LEAST, MOST = 5, 60  # rounds
 _STRETCH = 0.4  # seconds between two looks at the budget
@@ -88,6 +91,43 @@ class Stopwatch:
             ended.record()
         torch.cuda.synchronize(self.device)
         return [(name, began.elapsed_time(ended)) for name, (began, ended) in zip(turns, events, strict=True)]
+
+
+class Laps:
+    """Seconds of calls that follow from one another, so that they cannot take turns: each by itself, on the device's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush = torch.empty(1 << 28, dtype=torch.int8, device=device) if device.type == "cuda" else None
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: list[float] = []
+
+    def lead(self) -> None:
+        """Give a GPU a few milliseconds of other work, so that the host is ahead of it when the next calls come."""
+        for _ in range(64 if self._flush is not None else 0):
+            self._flush.zero_()  # type: ignore[union-attr]
+
+    def time(self, call: Callable[[], _Result]) -> _Result:
+        """Call it, and remember how long that took."""
+        if self._flush is None:
+            start = time.perf_counter()
+            result = call()
+            self._seconds.append(time.perf_counter() - start)
+            return result
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        result = call()
+        ended.record()
+        self._events.append((began, ended))
+        return result
+
+    def take(self) -> list[float]:
+        """The seconds of all calls since this was last asked; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+        found = self._seconds + [began.elapsed_time(ended) / 1e3 for began, ended in self._events]
+        self._seconds, self._events = [], []
+        return found
 
 
 def quantiles(milliseconds: Sequence[float]) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """Proof, on this machine and in seconds, that a sharded step is a step of one process.
 
 The same small model sees the same samples twice: whole, on this device alone, and spread over all ranks exactly as
-the training will be (data x context grid, layout, engine). Compared are the loss, the logits and the *raw* gradient of
-every parameter. Raw, because clipping and Adam hide a gradient that is wrong by a factor; of every parameter, because a
-mean hides a wrong one.
+the training will be (data x context grid, layout, route, shared heads, engine). Compared are the loss, the logits and
+the *raw* gradient of every parameter. Raw, because clipping and Adam hide a gradient that is wrong by a factor; of every
+parameter, because a mean hides a wrong one.
 
 The samples are unkind: an odd length, so that shards are uneven; a row with three targets only, so that ranks have very
 different numbers of them, and some none.
@@ -15,7 +15,8 @@ and prints how far off that is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 import ringflash as rf
 from byte_transformer import VOCABULARY, ByteTransformer, ModelConfig
+from options import Options
 from ranks import Ranks, spread, whole
 from ringflash.mask import Mask
 
@@ -49,14 +51,9 @@ class Exactness:
         return all(error <= TOLERANCES[self.dtype] for error in (self.loss, self.logits, self.gradients))
 
 
-def attention_mask(attention: str, length: int, context: int) -> Mask:
-    """Causal; for the control ``local``, within each of ``context`` equal contiguous shards only."""
-    return rf.causal if attention == "ring" else rf.causal & rf.chunks(length // context)
-
-
-def prove(ranks: Ranks, engine: str, attention: str, layout: str) -> tuple[bool, str]:
+def prove(ranks: Ranks, options: Options) -> tuple[bool, str]:
     """Compare in float64 and in float32, print one line per quantity; return the verdict and the closing line."""
-    results = [compare(ranks, engine, attention, layout, dtype) for dtype in TOLERANCES]
+    results = [compare(ranks, options, dtype) for dtype in TOLERANCES]
     for result in results:
         kind = f"check {_name(result.dtype)}"
         ranks.say(f"{kind}  loss           relative error {result.loss:.1e}")
@@ -70,21 +67,22 @@ def prove(ranks: Ranks, engine: str, attention: str, layout: str) -> tuple[bool,
         f"allowed {TOLERANCES[result.dtype]:.0e}"
         for result in results
     )
-    place = f"{ranks.size} rank(s) (data {ranks.data} x context {ranks.context}, {engine}) against one process"
+    place = f"{ranks.size} rank(s) (data {ranks.data} x context {ranks.context}, {options.engine}) against one process"
     return exact, f"exactness: {'equal' if exact else 'NOT EQUAL'}, {place}, worst relative errors: {figures}"
 
 
-def compare(ranks: Ranks, engine: str, attention: str, layout: str, dtype: torch.dtype) -> Exactness:
+def compare(ranks: Ranks, options: Options, dtype: torch.dtype) -> Exactness:
     """One step of one process against the same step over all ranks (every rank must call it)."""
-    length = min(160, 4096 // ranks.context) * ranks.context + (5 if attention == "ring" else 0)
-    mask = attention_mask(attention, length, ranks.context)
+    length = min(160, 4096 // ranks.context) * ranks.context + (5 if options.attention == "ring" else 0)
+    mask = options.mask(length, ranks.context)
+    config = replace(CONFIG, heads=lcm(CONFIG.heads, options.heads_degree))
     inputs, targets = _samples(2 * ranks.data, length, ranks.device)
-    reference = _model(mask, ranks.device, dtype)
+    reference = _model(config, mask, ranks.device, dtype)
     logits, loss = _alone(reference, inputs, targets)
     expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
 
-    model = _model(None, ranks.device, dtype)
-    callable_model, wrapper = spread(model, ranks, engine, mask, layout)
+    model = _model(config, None, ranks.device, dtype)
+    callable_model, wrapper = spread(model, ranks, options.engine, mask, options.placement)
     mine = ranks.rows(0, len(inputs))
     out = callable_model(input_ids=inputs[mine.start : mine.stop], shift_labels=targets[mine.start : mine.stop])
     out.loss.backward()
@@ -98,27 +96,33 @@ def compare(ranks: Ranks, engine: str, attention: str, layout: str, dtype: torch
         ranks.largest(_distance(unsharded, logits[mine.start : mine.stop])),
         ranks.largest(worst),
         parameter,
-        _control(ranks, attention, inputs, targets, dtype, expected),
+        _control(ranks, options, config, mask, (inputs, targets), dtype, expected),
     )
 
 
 def _control(
-    ranks: Ranks, attention: str, inputs: Tensor, targets: Tensor, dtype: torch.dtype, expected: Gradients
+    ranks: Ranks,
+    options: Options,
+    config: ModelConfig,
+    mask: Mask,
+    samples: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    expected: Gradients,
 ) -> float | None:
-    if attention == "local" or ranks.context == 1:
+    if options.attention == "local" or ranks.context == 1:
         return None
-    shard = -(-inputs.shape[1] // ranks.context)
-    lonely = _model(rf.causal & rf.chunks(shard), ranks.device, dtype)
-    _alone(lonely, inputs, targets)
+    shard = -(-samples[0].shape[1] // ranks.context)
+    lonely = _model(config, mask & rf.chunks(shard), ranks.device, dtype)
+    _alone(lonely, *samples)
     gradients = {name: parameter.grad for name, parameter in lonely.named_parameters() if parameter.grad is not None}
     return _worst(gradients, expected)[0]
 
 
-def _model(mask: Mask | None, device: torch.device, dtype: torch.dtype) -> ByteTransformer:
+def _model(config: ModelConfig, mask: Mask | None, device: torch.device, dtype: torch.dtype) -> ByteTransformer:
     """The same weights at every call; drawn without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return ByteTransformer(CONFIG, mask).to(device, dtype)
+        return ByteTransformer(config, mask).to(device, dtype)
 
 
 def _samples(rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

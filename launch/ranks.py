@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ringflash as rf
 from corpus import share
-from options import UsageError
+from options import Placement, UsageError
 from ringflash.mask import Mask
 
 
@@ -54,7 +54,7 @@ class Ranks:
 
     @property
     def context(self) -> int:
-        """Number of shards of a sequence."""
+        """Number of ranks that share a sequence."""
         return self.grid["context"].size()
 
     @property
@@ -84,12 +84,8 @@ class Ranks:
         return [float(value) for value in tensor.tolist()]
 
 
-def start(data: int, context: int | None, device: str) -> Ranks:
-    """Join the other processes of the launcher; ``context=None`` takes what ``data`` leaves of the world.
-
-    Everything that can be wrong is checked before the first message, on values that all ranks share, so that no rank
-    waits for one that has already given up.
-    """
+def fit(data: int, context: int | None) -> int:
+    """How many ranks share a sample; ``context=None`` takes what ``data`` leaves of the processes. Sends nothing."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     context = world // max(1, data) if context is None else context
     if data < 1 or data * context != world:
@@ -97,6 +93,17 @@ def start(data: int, context: int | None, device: str) -> Ranks:
             f"--data {data} x --context {context} is {data * context} ranks, but {world} process(es) were started; "
             f"the product must be {world} (torchrun --nproc-per-node sets the number of processes)"
         )
+    return context
+
+
+def start(data: int, context: int | None, device: str) -> Ranks:
+    """Join the other processes of the launcher, in a grid of ``data`` times ``fit(data, context)`` ranks.
+
+    Everything that can be wrong is checked before the first message, on values that all ranks share, so that no rank
+    waits for one that has already given up.
+    """
+    context = fit(data, context)
+    world = data * context
     place = _device(device)
     backend, device_id = ("nccl", place) if place.type == "cuda" else ("gloo", None)
     if "RANK" in os.environ:
@@ -140,7 +147,7 @@ def finish(status: int = 0) -> NoReturn:
 
 
 def spread(
-    model: nn.Module, ranks: Ranks, engine: str, mask: Mask, layout: str
+    model: nn.Module, ranks: Ranks, engine: str, mask: Mask, placement: Placement
 ) -> tuple[nn.Module, rf.SequenceParallel]:
     """Lay a model over the grid: shard its sequence over ``context``, share its weights over everyone.
 
@@ -155,7 +162,14 @@ def spread(
         fully_shard(model, mesh=ranks.everyone)
     everyone = ranks.everyone.get_group()
     wrapped = rf.SequenceParallel(
-        model, ranks.grid["context"], mask=mask, layout=layout, gradients="engine", tokens_group=everyone
+        model,
+        ranks.grid["context"],
+        mask=mask,
+        layout=placement.layout,
+        gradients="engine",
+        tokens_group=everyone,
+        route=placement.route,
+        heads_axis=placement.heads_degree,
     )
     if engine == "fsdp":
         return wrapped, wrapped

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 launch/train.py --task passkey                    solved: the ring carries the key
     torchrun --nproc-per-node 2 launch/train.py --task passkey --attention local  at chance: nothing carries it
     torchrun --nproc-per-node 4 launch/train.py --batch 2 --data 2 --engine fsdp  2 x 2 ranks, weights sharded
+    torchrun --nproc-per-node 2 launch/train.py --profile                         what every rank did in steps 3 to 5
     python launch/train.py                                                        one process, no launcher
 
 The result does not depend on how many processes there are: the samples of a step, the loss and the gradients are those
@@ -28,11 +29,12 @@ import checkpoint
 from byte_transformer import ByteTransformer, ModelConfig
 from corpus import TextTask, read_corpus
 from curve import draw_curve
-from exactness import attention_mask, prove
+from exactness import prove
 from options import Options, UsageError, parse
 from passkey import PasskeyTask
+from profiling import Profiler
 from progress import Progress, describe
-from ranks import Ranks, finish, peak_bytes, spread, start, whole
+from ranks import Ranks, finish, fit, peak_bytes, spread, start, whole
 
 Task = TextTask | PasskeyTask
 
@@ -43,11 +45,11 @@ def main(options: Options) -> int:
     Returns the exit status: 0, or 1 if the run was to be checked and is not exact.
     """
     model_config, task = _model_config(options), _task(options)
+    options.check_against(fit(options.data, options.context))
     ranks = start(options.data, options.context, options.device)
-    options.check_against(ranks.context)
     verdict = "exactness: not checked (--check does)"
     if options.check:
-        exact, verdict = prove(ranks, options.engine, options.attention, options.placement)
+        exact, verdict = prove(ranks, options)
         ranks.say(verdict)
         if not exact:
             return 1
@@ -76,26 +78,30 @@ class Run:
         self.identity = {"model": dataclasses.asdict(model_config), "data": task.identity}
         torch.manual_seed(options.seed)
         self.model = ByteTransformer(model_config).to(ranks.device)
-        mask = attention_mask(options.attention, options.seq_length, ranks.context)
+        mask = options.mask(options.seq_length, ranks.context)
+        self.sharding = options.placement.sharding(options.seq_length, ranks.grid["context"], mask)
         self.spread_model, self.wrapper = spread(self.model, ranks, options.engine, mask, options.placement)
         self.optimizer = _optimizer(self.model, options)
         if options.resume:
             self._resume()
         else:
             _set_aside(options.out, ranks)
+        options.check_profile(self.step)
+        self.profiler = Profiler(options.profile, options.profile_steps, ranks)
         self.progress: Progress | None = None
         if ranks.first:
             self.progress = Progress(options.out, self.step, options.steps, options.log_every, options.tensorboard)
-            (options.out / "config.json").write_text(json.dumps(dataclasses.asdict(options), indent=1, default=str))
+            settled = {"layout": str(self.sharding.layout), "route": str(self.sharding.route)}  # "auto" decided
+            config = dataclasses.asdict(options) | {"settled": settled}
+            (options.out / "config.json").write_text(json.dumps(config, indent=1, default=str))
             _introduce(self)
 
     def train(self) -> None:
         """Steps up to ``--steps`` or ``--stop-at``, with validation and checkpoints on the way and one at the end."""
-        options = self.options
-        last = min(options.steps, options.steps if options.stop_at is None else options.stop_at)
-        began = self.step
+        options, last, began = self.options, self.options.last_step, self.step
         while self.step < last:
-            record = self._train_step()
+            with self.profiler.watch(self.step - began + 1):
+                record = self._train_step()
             if self.progress is not None:
                 self.progress.trained(record)
             if self.step % options.validate_every == 0 and self.step < last:
@@ -226,7 +232,8 @@ def _introduce(run: Run) -> None:
     print(
         f"model: {parameters:,} parameters; step: {options.batch} x {options.seq_length} tokens; "
         f"{ranks.size} process(es) on {ranks.device.type}: data {ranks.data} x context {ranks.context}, "
-        f"{options.engine}, {options.attention} attention, layout {options.placement}; folder: {options.out}",
+        f"{options.engine}, {options.attention} attention, layout {run.sharding.layout}, route {run.sharding.route}, "
+        f"{options.heads_degree} rank(s) to a shard; folder: {options.out}",
         flush=True,
     )
 

@@ -76,6 +76,7 @@ def one_process_run(
 def stopped_run(
     train: Callable[..., str], small: list[str], text_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """Two processes that check themselves, train and stop after four of eight steps: folder, and what they printed."""
+    """Two processes that check and profile themselves, and stop after four of eight steps: folder, and what they printed."""
     out = tmp_path_factory.mktemp("two") / "run"
-    return out, train(2, *small, "--text", text_folder, "--steps", 8, "--stop-at", 4, "--check", "--out", out)
+    stop = ("--steps", 8, "--stop-at", 4, "--out", out)
+    return out, train(2, *small, "--text", text_folder, *stop, "--check", "--profile", "--profile-steps", "2-3")

@@ -42,6 +42,7 @@ def test_two_processes_check_train_and_report(stopped_run: tuple[Path, str]) -> 
     assert len(errors) == 4 and max(errors[:2]) < 1e-12 and max(errors[2:]) < 1e-5
     names = ("loss.png", "metrics.csv", "metrics.jsonl", "config.json", "checkpoints/step-00000004/state.json")
     assert all((folder / name).stat().st_size for name in names)
+    assert json.loads((folder / "config.json").read_text())["settled"] == {"layout": "zigzag", "route": "ring"}
     control = re.search(r"without the ring gradients would be (\S+) off", output)
     assert control and float(control[1]) > 0.01
 
@@ -136,7 +137,7 @@ def test_the_check_notices_what_it_is_for(alone: ranks.Ranks, monkeypatch: pytes
         return wrapped, wrapper
 
     monkeypatch.setattr(exactness, "spread", sabotaged)
-    exact, line = exactness.prove(alone, "ddp", "ring", "auto")
+    exact, line = exactness.prove(alone, parse([]))
     assert exact == (wrong == "nothing")
     assert line.startswith("exactness: equal" if exact else "exactness: NOT EQUAL")
 
