@@ -47,7 +47,7 @@ def choose_route(queries: Layout, keys: Layout, mask: Mask, q_offset: int, nodes
     per_node = queries.ranks // nodes
     rings: tuple[Route, ...] = (ring, ring_down)
     if nodes > 1:
-        rings = (double_ring(nodes, per_node), double_ring(nodes, per_node, -1))
+        rings += (double_ring(nodes, per_node), double_ring(nodes, per_node, -1))
     sent = {route: _sent(route, found, nodes).sum() for route in (*rings, needed_only)}
     best = min(rings, key=lambda route: sent[route])
     if sent[needed_only] >= _MARGIN * sent[best]:

@@ -211,7 +211,7 @@ def test_layouts_compare_by_value_and_print_short():
     """They are keys of caches, and their print goes into error messages."""
     assert LAYOUTS["zigzag"](12, 2) == LAYOUTS["zigzag"](12, 2)
     assert hash(LAYOUTS["zigzag"](12, 2)) == hash(LAYOUTS["zigzag"](12, 2))
-    assert repr(LAYOUTS["striped"](5, 2)) == "Layout(5 positions on 2 ranks: 0: [0, 5) by 2; 1: [1, 4) by 2)"
+    assert repr(LAYOUTS["striped"](5, 2)) == "Layout(striped, 5 positions on 2 ranks: 0: [0, 5) by 2; 1: [1, 4) by 2)"
     assert len(repr(LAYOUTS["zigzag"](10_000, 100))) < 200
     assert len(repr(rf.Layout((tuple(range(i, i + 1) for i in range(0, 2000, 2)),)))) < 200
 
