@@ -214,7 +214,7 @@ def ring_attention(
             head_share(q.shape[2], k.shape[2], degree, 0, s.ranks)
         except ValueError as error:
             raise ValueError(f"ring_attention: {error}") from None
-    return _run(q, k, v, s.handle if mask is None else s.handle_under(mask), options, return_lse, degree > 1)
+    return _run(q, k, v, s.handle if mask is None else s.handle_under(mask), options, return_lse)
 
 
 class _OneDevice:
@@ -324,11 +324,11 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor, rows: int) -> N
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, handle: Tensor, options: _Given, return_lse: bool, split: bool = False
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor, options: _Given, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     options.check(q)
     scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
-    scoring = Scoring(scale, options.softcap, options.alibi_slopes, options.dropout_p, first_head=0 if split else None)
+    scoring = Scoring(scale, options.softcap, options.alibi_slopes, options.dropout_p)
     backend = options.backend
     if not torch.compiler.is_compiling():  # the operator chooses again, and for a captured graph alone
         if any(unpack_dual(x).tangent is not None for x in (q, k, v)):

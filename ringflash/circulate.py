@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from torch import Tensor
-from torch.profiler import record_function
 
 from ringflash.freight import Freight, Parcel
 from ringflash.needs import Part, whole
 from ringflash.plan import Batch, Meeting, Plan
+from ringflash.ranges import profiled
 from ringflash.wire import Pending, Wire
 
 Visitor = Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
@@ -38,52 +39,70 @@ def circulate(
     """
     if plan.ranks > 1:
         wire.warm_up(cargo[0].device, plan.channels)
-    hold = _Hold(plan, cargo)
-    totals = _Totals(plan, home) if home else None
+    post = _Post(wire)
+    hold = _Hold(plan, cargo, post)
+    totals = _Totals(plan, home, cargo[0].shape[1], post) if home else None
     for number, step in enumerate(plan.steps):
-        hold.await_until(number)
+        post.await_until(number)
+        if totals:
+            totals.settle(number)
         for batch in step.onward:
-            with record_function(f"ringflash onward, for step {batch.due}"):
-                hold.post(wire, batch)
+            with profiled(f"ringflash onward, for step {batch.due}"):
+                hold.send(batch)
         for meeting in step.visits:
-            with record_function(f"ringflash visit, step {number}, shard {meeting.shard}"):
+            with profiled(f"ringflash visit, step {number}, shard {meeting.shard}"):
                 share = visit(meeting.shard, hold.tensors(meeting.shard))
             if totals and share is not None:
                 totals.add(meeting, share)
         if totals:
             for batch in step.home:
-                with record_function(f"ringflash home, step {number}"):
-                    totals.post(wire, batch)
+                with profiled(f"ringflash home, step {number}"):
+                    totals.send(batch)
             totals.let_go()
         for shard in step.done_with:
             hold.drop(shard)
-    hold.await_until(len(plan.steps) + plan.ranks)
-    return totals.arrive(cargo[0].shape[1]) if totals else None
+    post.drain()
+    return totals.arrive() if totals else None
+
+
+class _Post:
+    """Batches under way, each until the step that awaits it: what it brings is used then, and what it took is free."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._due: defaultdict[int, list[Pending]] = defaultdict(list)
+
+    def send(self, batch: Batch, freight: Freight, cut: Callable[[Part], Parcel]) -> list[tuple[Part, Parcel, Pending]]:
+        """Post a batch, whose parts are ``cut`` from what is here; return what comes, each with what to wait for."""
+        rooms = [(message, freight.blank(message.part.tokens)) for message in batch.back]
+        sends = [(message.peer, cut(message.part).buffer) for message in batch.out]
+        pending = self._wire.exchange(sends, [(m.peer, room.buffer) for m, room in rooms], batch.channel)
+        self._due[batch.due].append(pending)
+        return [(message.part, room, pending) for message, room in rooms]
+
+    def await_until(self, step: int) -> None:
+        """Wait for all that is due in this step, or was before."""
+        for due in sorted(due for due in self._due if due <= step):
+            for pending in self._due.pop(due):
+                pending.wait()
+
+    def drain(self) -> None:
+        """Wait for everything."""
+        self.await_until(max(self._due, default=0))
 
 
 class _Hold:
     """What travels, as far as it is here or on its way here."""
 
-    def __init__(self, plan: Plan, cargo: Sequence[Tensor]) -> None:
-        self._rank, self._cargo, self._freight = plan.rank, tuple(cargo), Freight.like(cargo)
+    def __init__(self, plan: Plan, cargo: Sequence[Tensor], post: _Post) -> None:
+        self._rank, self._cargo, self._freight, self._post = plan.rank, tuple(cargo), Freight.like(cargo), post
         self._parts = {plan.rank: whole(plan.rank, cargo[0].shape[1])}
         self._parcels: dict[int, Parcel] = {}
-        self._coming: defaultdict[int, list[Pending]] = defaultdict(list)  # by the step that uses them
         self._packed: tuple[Part, Parcel] | None = None  # the last part of a shard that was cut out to be sent
 
-    def await_until(self, step: int) -> None:
-        """What is used in this step, or was before, is here; what left for it is gone."""
-        for due in sorted(due for due in self._coming if due <= step):
-            for pending in self._coming.pop(due):
-                pending.wait()
-
-    def post(self, wire: Wire, batch: Batch) -> None:
-        rooms = [(message, self._freight.blank(message.part.tokens)) for message in batch.back]
-        sends = [(message.peer, self._cut(message.part).buffer) for message in batch.out]
-        pending = wire.exchange(sends, [(m.peer, room.buffer) for m, room in rooms], batch.channel)
-        self._coming[batch.due].append(pending)
-        for message, room in rooms:
-            self._parts[message.part.shard], self._parcels[message.part.shard] = message.part, room
+    def send(self, batch: Batch) -> None:
+        for part, parcel, _ in self._post.send(batch, self._freight, self._cut):
+            self._parts[part.shard], self._parcels[part.shard] = part, parcel
 
     def tensors(self, shard: int) -> tuple[Tensor, ...]:
         return self._cargo if shard == self._rank else self._parcels[shard].tensors
@@ -101,7 +120,7 @@ class _Hold:
         if self._packed is None or self._packed[0] != part:
             parcel = self._freight.blank(part.tokens)
             for inside, tensor in zip(parcel.tensors, self.tensors(part.shard), strict=True):
-                for to, here in part.inside(held):
+                for to, here in _common(part, held):
                     inside[:, to].copy_(tensor[:, here])
             self._packed = part, parcel
         return self._packed[1]
@@ -110,60 +129,57 @@ class _Hold:
 class _Totals:
     """Sums on their way home: those that came to this rank, and this rank's shares of those that leave."""
 
-    def __init__(self, plan: Plan, freight: Freight) -> None:
-        self._rank, self._freight = plan.rank, freight
-        self._shares: dict[int, tuple[Part, tuple[Tensor, ...]]] = {}
-        self._coming: defaultdict[int, list[tuple[Pending, Part, Parcel]]] = defaultdict(list)
-        self._leaving: deque[list[Pending]] = deque()
-        self._posted: list[Pending] = []
+    def __init__(self, plan: Plan, freight: Freight, tokens: int, post: _Post) -> None:
+        self._rank, self._freight, self._post = plan.rank, freight, post
+        self._whole = whole(plan.rank, tokens)
+        self._own: tuple[Tensor, ...] | None = None  # the sum for this rank's own shard, as far as it is known
+        self._share: tuple[Part, tuple[Tensor, ...]] | None = None  # of the shard that was visited last
+        self._passing: defaultdict[int, list[tuple[Part, Parcel, Pending]]] = defaultdict(list)
+        self._arriving: deque[tuple[int, Part, Parcel]] = deque()  # home, with the step that awaits them
 
     def add(self, meeting: Meeting, share: tuple[Tensor, ...]) -> None:
         """This rank's share of a shard; that of its own never travels."""
-        self._shares[meeting.shard] = meeting.part, share
+        if meeting.shard == self._rank:
+            self._own = share
+        else:
+            self._share = meeting.part, share
 
-    def post(self, wire: Wire, batch: Batch) -> None:
-        rooms = [(message, self._freight.blank(message.part.tokens)) for message in batch.back]
-        sends = [(message.peer, self._total(message.part).buffer) for message in batch.out]
-        pending = wire.exchange(sends, [(m.peer, room.buffer) for m, room in rooms], batch.channel)
-        for message, room in rooms:
-            self._coming[message.part.shard].append((pending, message.part, room))
-        self._posted.append(pending)
+    def send(self, batch: Batch) -> None:
+        for part, parcel, pending in self._post.send(batch, self._freight, self._total):
+            if part.shard == self._rank:
+                self._arriving.append((batch.due, part, parcel))
+            else:
+                self._passing[part.shard].append((part, parcel, pending))
 
     def let_go(self) -> None:
-        """The step is over: buffers that left two steps ago are no longer needed."""
-        self._leaving.append(self._posted)
-        self._posted = []
-        while len(self._leaving) > 2:
-            for pending in self._leaving.popleft():
-                pending.wait()
-        for shard in [shard for shard in self._shares if shard != self._rank]:
-            del self._shares[shard]
-            self._coming.pop(shard, None)
+        """The step is over: what has left is no longer needed here."""
+        if self._share is not None:
+            self._passing.pop(self._share[0].shard, None)
+            self._share = None
 
-    def arrive(self, tokens: int) -> tuple[Tensor, ...]:
-        """All contributions to this rank's own shard: its own share, and the totals in the order in which they were posted."""
-        for posted in self._leaving:
-            for pending in posted:
-                pending.wait()
-        own = whole(self._rank, tokens)
-        coming = self._coming.pop(self._rank, [])
-        if self._rank in self._shares:
-            total = self._shares[self._rank][1]
-        elif len(coming) == 1 and coming[0][1] == own:
-            return coming[0][2].tensors
-        else:
-            total = self._freight.zeros(tokens).tensors
-        for _, part, parcel in coming:
-            _add(total, own, parcel.tensors, part)
-        return total
+    def settle(self, step: int) -> None:
+        """Add what has come home by this step to the sum, in the order in which it was posted."""
+        while self._arriving and self._arriving[0][0] <= step:
+            _, part, parcel = self._arriving.popleft()
+            if self._own is None and part == self._whole:
+                self._own = parcel.tensors
+            else:
+                self._own = self._own or self._freight.zeros(self._whole.tokens).tensors
+                _add(self._own, self._whole, parcel.tensors, part)
+
+    def arrive(self) -> tuple[Tensor, ...]:
+        """All contributions to this rank's own shard."""
+        self.settle(max((due for due, _, _ in self._arriving), default=0))
+        return self._own or self._freight.zeros(self._whole.tokens).tensors
 
     def _total(self, part: Part) -> Parcel:
         """Of one part of the shard that this rank has just computed with: what came, plus its share."""
-        held, share = self._shares[part.shard]
-        coming = self._coming.get(part.shard, [])
-        for pending, _, _ in coming:
+        assert self._share is not None
+        held, share = self._share
+        coming = self._passing[part.shard]
+        for _, _, pending in coming:
             pending.wait()
-        same = next((parcel for _, came, parcel in coming if came == part), None)
+        same = next((parcel for came, parcel, _ in coming if came == part), None)
         if same is not None:
             _add(same.tensors, part, share, held)
             return same
@@ -172,22 +188,25 @@ class _Totals:
         else:
             total = self._freight.zeros(part.tokens)
             _add(total.tensors, part, share, held)
-        for _, came, parcel in coming:
+        for came, parcel, _ in coming:
             _add(total.tensors, part, parcel.tensors, came)
         return total
 
 
 def _add(total: Sequence[Tensor], part: Part, share: Sequence[Tensor], of: Part) -> None:
     """Add to the tensors of ``part`` those tokens of another part that it holds too."""
+    if part == of:
+        for tensor, mine in zip(total, share, strict=True):
+            tensor.add_(mine)
+        return
     for here, there in _common(part, of):
         for tensor, mine in zip(total, share, strict=True):
             tensor[:, here].add_(mine[:, there])
 
 
+@lru_cache(maxsize=1024)  # the same in every layer
 def _common(a: Part, b: Part) -> list[tuple[slice, slice]]:
     """Where the tokens that two parts share are in each of them, run by run."""
-    if a == b:
-        return [(slice(0, a.tokens), slice(0, b.tokens))]
     both, i, j = [], 0, 0
     while i < len(a.spans) and j < len(b.spans):
         (a0, a1), (b0, b1) = a.spans[i], b.spans[j]

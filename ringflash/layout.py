@@ -36,6 +36,9 @@ class Layout:
     runs: tuple[tuple[range, ...], ...]
     name: str = field(default="", compare=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", tuple(map(tuple, self.runs)))  # lists are as good
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -130,24 +133,26 @@ class Layout:
 
 def contiguous(length: int, ranks: int) -> Layout:
     """Equal slices in order."""
-    return Layout(tuple(_solid(range(r * length // ranks, (r + 1) * length // ranks)) for r in range(ranks)), "contiguous")
+    return Layout(
+        tuple(solid(range(r * length // ranks, (r + 1) * length // ranks)) for r in range(ranks)), "contiguous"
+    )
 
 
 def zigzag(length: int, ranks: int) -> Layout:
     """Two chunks each, one from the front and its mirror from the back: every rank has the same causal work."""
     cut = [range(i * length // (2 * ranks), (i + 1) * length // (2 * ranks)) for i in range(2 * ranks)]
-    return Layout(tuple(_solid(cut[r], cut[-1 - r]) for r in range(ranks)), "zigzag")
+    return Layout(tuple(solid(cut[r], cut[-1 - r]) for r in range(ranks)), "zigzag")
 
 
 def striped(length: int, ranks: int) -> Layout:
     """Every ``ranks``-th position (Striped Attention, arXiv 2311.09431)."""
-    return Layout(tuple(_solid(range(r, length, ranks)) for r in range(ranks)), "striped")
+    return Layout(tuple(solid(range(r, length, ranks)) for r in range(ranks)), "striped")
 
 
 LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
 
 
-def _solid(*runs: range) -> tuple[range, ...]:
+def solid(*runs: range) -> tuple[range, ...]:
     """The runs that hold something, with neighbours joined."""
     joined: list[range] = []
     for run in runs:

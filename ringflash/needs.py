@@ -110,7 +110,7 @@ def whole(shard: int, tokens: int) -> Part:
 
 def find_needs(moving: Layout, staying: Layout, reach: Reach, rows: int) -> Needs:
     """The pieces of ``moving``, by where the positions of ``staying`` reach in any of ``rows`` batch rows."""
-    if any(run.step != 1 for layout in (moving, staying) for runs in layout.runs for run in runs):
+    if any(run.step != 1 and len(run) > 1 for layout in (moving, staying) for runs in layout.runs for run in runs):
         return _of_whole_shards(moving, staying, reach, rows)
     runs, stays = _runs(moving), _runs(staying)
     lo = np.concatenate([reach(stays[:, 1], row)[0] for row in range(rows)]).clip(0, moving.length)
@@ -118,7 +118,7 @@ def find_needs(moving: Layout, staying: Layout, reach: Reach, rows: int) -> Need
     some = lo < hi
     ranks, lo, hi = np.tile(stays[:, 0], rows)[some], lo[some], hi[some]
     order = np.argsort(runs[:, 1])
-    lo, hi = _rounded(runs[order], moving, lo, up=False), _rounded(runs[order], moving, hi, up=True)
+    lo, hi = _rounded(runs[order], lo, up=False), _rounded(runs[order], hi, up=True)
     edges = np.unique(np.concatenate([runs[:, 1], lo, hi, [0, moving.length]]))
     depth = np.zeros((staying.ranks, len(edges)), dtype=np.int32)
     np.add.at(depth, (ranks, np.searchsorted(edges, lo)), 1)
@@ -131,14 +131,14 @@ def find_needs(moving: Layout, staying: Layout, reach: Reach, rows: int) -> Need
 
 def _runs(layout: Layout) -> np.ndarray:
     """int ``[runs, 4]``: the rank, start, stop and first local index of each run."""
-    table = [(rank, run.start, run.stop, 0) for rank, runs in enumerate(layout.runs) for run in runs]
+    table = [(rank, run[0], run[-1] + 1, 0) for rank, runs in enumerate(layout.runs) for run in runs]
     runs = np.array(table, dtype=np.int64).reshape(-1, 4)
     before = np.cumsum(runs[:, 2] - runs[:, 1]) - (runs[:, 2] - runs[:, 1])
     runs[:, 3] = before - before[np.searchsorted(runs[:, 0], runs[:, 0])] if len(runs) else 0
     return runs
 
 
-def _rounded(runs: np.ndarray, layout: Layout, positions: np.ndarray, up: bool) -> np.ndarray:
+def _rounded(runs: np.ndarray, positions: np.ndarray, up: bool) -> np.ndarray:
     """Each position moved outward to a place where its run (sorted by start) may be cut."""
     if not len(positions):
         return positions

@@ -10,6 +10,7 @@ Backward: with the lse and delta of the whole row, p = exp(s - lse) is the final
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from ringflash.partial import Partial, accumulation_dtype, owned
 from ringflash.plan import Cost, Plan, cheaper_backward
 from ringflash.recipe import recipes
 from ringflash.reference import Scoring
+from ringflash.ulysses import Swap
 from ringflash.wire import Wire
 
 
@@ -43,11 +45,21 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     plan, wire, swap = recipes[handle].bind(q.shape[1], k.shape[1])
     scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
+    if swap is None:
+        return _forward(plan, wire, backend, scoring, sinks, q, k, v)
     heads = q.shape[2], k.shape[2]
-    if swap:
-        mine = swap.share(*heads).queries
-        scoring, sinks = scoring.of_heads(mine), None if sinks is None else sinks[mine]
-        (q,), (k, v) = swap.pool((q,), (k, v))
+    mine = swap.share(*heads).queries
+    scoring, sinks = scoring.of_heads(mine), None if sinks is None else sinks[mine]
+    # what is pooled lives as long as the call
+    out, lse = _forward(plan, wire, backend, scoring, sinks, *chain(*swap.pool((q,), (k, v))))
+    (out, rows), _ = swap.spread((out, lse.transpose(1, 2)), (), *heads)
+    return out, rows.transpose(1, 2).contiguous()
+
+
+def _forward(
+    plan: Plan, wire: Wire, backend: str, scoring: Scoring, sinks: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Out in the dtype of q, and lse, over all shards that come by."""
     engine = select(backend, q, v, scoring)
     dtype = accumulation_dtype(q.dtype)
     total = None if sinks is None else _sink(sinks, q, v)
@@ -60,11 +72,7 @@ def attend(
 
     circulate(plan, wire, (k, v), visit)
     out, lse = owned(total, q, v)
-    out = out.to(q.dtype)
-    if swap:
-        (out, rows), _ = swap.spread((out, lse.transpose(1, 2)), (), *heads)
-        lse = rows.transpose(1, 2).contiguous()
-    return out, lse
+    return out.to(q.dtype), lse
 
 
 @torch.library.custom_op("ringflash::attend_backward", mutates_args=())
@@ -92,27 +100,54 @@ def attend_backward(
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # once, and not in every visit
     delta = select(backend, q, v, scoring).delta(dout, out, dlse)
     dsinks = q.new_zeros(0) if sinks is None else _sink_gradient(sinks, lse, delta)
-    if swap:
-        mine = swap.share(*heads).queries
-        scoring = scoring.of_heads(mine)
-        rows = (x.transpose(1, 2) for x in (lse, delta))
-        (q, dout, lse, delta), (k, v) = swap.pool((q, dout, *rows), (k, v))
-        lse, delta = (x.transpose(1, 2).contiguous() for x in (lse, delta))
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    engine = select(backend, q, v, scoring)
-    plan = cheaper_backward(plan, *_costs(q, k, v, lse.dtype))
-    handed_over = k.dtype if plan.ranks == 1 and not swap else lse.dtype  # what is still to be summed stays wide
-    work = _Backward(plan, wire, engine, scoring, deterministic, handed_over, q, k, v, dout, lse, delta)
-    gradients = work.keys_travel() if plan.travels == "keys" else work.queries_travel()
-    if swap:
+    if swap is None:
+        handed_over = k.dtype if plan.ranks == 1 else lse.dtype  # what is still to be summed stays wide
+        way = _Way(plan, wire, backend, scoring, deterministic, handed_over)
+        gradients = _backward(way, q, dout, lse, delta, k, v)
+    else:
+        way = _Way(plan, wire, backend, scoring.of_heads(swap.share(*heads).queries), deterministic, lse.dtype)
+        gradients = _pooled_backward(way, swap, q, dout, lse, delta, k, v)
         (dq,), shares = swap.spread(gradients[:1], gradients[1:], *heads)
         gradients = (dq, *shares)
     dq, dk, dv = (_own(gradient, dtype) for gradient, dtype in zip(gradients, dtypes, strict=True))
     return dq, dk, dv, dsinks
 
 
+class _Way(NamedTuple):
+    """How a backward is to be done, whatever its tensors are."""
+
+    plan: Plan
+    wire: Wire
+    backend: str
+    scoring: Scoring
+    deterministic: bool
+    handed_over: torch.dtype
+    """In which dk and dv are returned."""
+
+
+def _pooled_backward(way: _Way, swap: Swap, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``_backward`` with all tokens of the ring's shard and this rank's heads; what is pooled lives as long as the call."""
+    q, dout, lse, delta, k, v = tensors
+    rows = (x.transpose(1, 2) for x in (lse, delta))
+    (q, dout, lse, delta), (k, v) = swap.pool((q, dout, *rows), (k, v))
+    lse, delta = (x.transpose(1, 2).contiguous() for x in (lse, delta))
+    return _backward(way, q, dout, lse, delta, k, v)
+
+
+def _backward(
+    way: _Way, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, ...]:
+    """dq in the dtype of q, dk and dv for what this rank holds."""
+    engine = select(way.backend, q, v, way.scoring)
+    plan = cheaper_backward(way.plan, *_costs(q, k, v, lse.dtype))
+    work = _Backward(plan, way.wire, engine, way.scoring, way.deterministic, way.handed_over, q, k, v, dout, lse, delta)
+    dq, dk, dv = work.keys_travel() if plan.travels == "keys" else work.queries_travel()
+    return dq.to(q.dtype), dk, dv
+
+
 class _Backward(NamedTuple):
-    """What both ways through the backward need; they return dq, dk, dv, in the accumulation dtype or the final one."""
+    """What both sides need to travel; both ways return dq, dk, dv."""
 
     plan: Plan
     wire: Wire
@@ -200,7 +235,12 @@ def _sink(logits: Tensor, q: Tensor, v: Tensor) -> Partial:
 
 def _own(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """What leaves an operator must not be a view of a buffer, and a parcel holds both gradients."""
-    if gradient.numel() and gradient.dtype == dtype and gradient.untyped_storage().nbytes() == gradient.nbytes:
+    if (
+        gradient.numel()
+        and gradient.dtype == dtype
+        and gradient.is_contiguous()
+        and gradient.untyped_storage().nbytes() == gradient.nbytes
+    ):
         return gradient
     return torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
 

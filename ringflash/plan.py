@@ -22,7 +22,7 @@ import numpy as np
 from ringflash.layout import Layout
 from ringflash.mask import Mask
 from ringflash.needs import Needs, Part, find_needs, whole
-from ringflash.route import Legs, Route, Transfer, carried, legs, tour_of, visited
+from ringflash.route import DoubleRing, Legs, Ring, Route, Transfer, carried, legs, tour_of, visited
 
 _Item = TypeVar("_Item")
 Side = Literal["keys", "queries"]
@@ -36,7 +36,7 @@ class Message(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Messages that are posted together, on one channel, and used in step ``due``."""
+    """Messages that are posted together, on one channel, and awaited in step ``due``, if not before."""
 
     due: int
     channel: int
@@ -64,9 +64,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of ``rank``: its queries are ``queries.positions(rank) + q_offset``, the shards are those of ``keys``.
+    """The work of ``rank``: its queries are ``queries.positions(rank) + q_offset``, its keys ``keys.positions(rank)``.
 
-    ``travels`` says which side goes round: keys (and values), or queries. Made by :func:`derive` (from a sharding:
+    ``travels`` says which side goes round, in shards: keys (and values), or queries. Made by :func:`derive` (from a sharding:
     ``rf.plan(s)``). Printing a plan shows its steps.
     """
 
@@ -237,7 +237,7 @@ class Plan:
         return ", ".join(spelled) or "-"
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def derive(
     rank: int, queries: Layout, keys: Layout, mask: Mask, route: Route, q_offset: int = 0, travels: Side = "keys"
 ) -> Plan:
@@ -245,7 +245,7 @@ def derive(
     return Plan(rank, queries, keys, mask, route, q_offset, travels)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def needs(queries: Layout, keys: Layout, mask: Mask, q_offset: int = 0, travels: Side = "keys") -> Needs:
     """The pieces of the side that travels, and which ranks compute with each."""
     if travels == "keys":
@@ -290,7 +290,7 @@ def cheaper_backward(plan: Plan, keys: Cost, queries: Cost) -> Plan:
     if plan.ranks == 1:
         return plan
     costs = {"keys": Cost(*keys), "queries": Cost(*queries)}
-    around = getattr(plan.route, "reversed", plan.route)
+    around = plan.route.reversed if isinstance(plan.route, Ring | DoubleRing) else plan.route
     ways = [
         plan.problem,
         *((*plan.problem[:3], route, *plan.turned.problem[4:]) for route in {plan.route: 0, around: 0}),

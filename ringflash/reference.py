@@ -32,7 +32,7 @@ class Scoring:
 
     ``softcap`` 0 is off. ``alibi_slopes`` are ``[h]`` or ``[b, h]`` and lower a score by slope x |distance in global
     positions|. ``dropout_p`` drops weights by a counter-based random number of (seed, batch, head, query, key), where the
-    tensors' heads are numbered from ``first_head`` (None: they are all heads there are).
+    tensors' heads are numbered from ``first_head``.
     """
 
     scale: float
@@ -40,12 +40,12 @@ class Scoring:
     alibi_slopes: Tensor | None = None
     dropout_p: float = 0.0
     seed: int = 0
-    first_head: int | None = None
+    first_head: int = 0
 
     def of_heads(self, heads: slice) -> Scoring:
         """The same for some of the heads."""
         slopes = None if self.alibi_slopes is None else self.alibi_slopes[..., heads]
-        return replace(self, alibi_slopes=slopes, first_head=(self.first_head or 0) + heads.start)
+        return replace(self, alibi_slopes=slopes, first_head=self.first_head + heads.start)
 
 
 class _Block(NamedTuple):
@@ -106,7 +106,7 @@ def attend_backward(
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if carry is None else carry
     q, k, v, dout = (x.to(dq.dtype) for x in (q, k, v, dout))
     heads = (k.shape[2], q.shape[2] // max(1, k.shape[2]))
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)  # contiguous, whatever the strides of k and v
     lse, delta = (rearrange(x, "b (n g) q -> b n g q 1", n=heads[0]) for x in (lse, delta))
     for block in _blocks(q, intervals):
         scores, slope = _scores(q, k, block, intervals, scoring, heads)
@@ -193,7 +193,5 @@ def _scores(
 def _keep(block: _Block, intervals: Intervals, scoring: Scoring, heads: tuple[int, int], batch: int) -> Tensor:
     """Dropout as a factor: 0, or 1 / (1 - p); ``[b, n, g, rows, columns]``."""
     queries, keys = intervals.queries[block.rows], intervals.keys[block.columns]
-    kept = keep_mask(
-        scoring.seed, batch, heads[0] * heads[1], queries, keys, scoring.dropout_p, scoring.first_head or 0
-    )
+    kept = keep_mask(scoring.seed, batch, heads[0] * heads[1], queries, keys, scoring.dropout_p, scoring.first_head)
     return rearrange(kept, "b (n g) q k -> b n g q k", n=heads[0]) / (1 - scoring.dropout_p)

@@ -27,6 +27,11 @@ import numpy as np
 
 from ringflash.needs import Needs
 
+_PATIENCE = 2
+"""Steps that a total has for its way: one beside the next visit, and one to spare."""
+_FREE = 8
+"""Steps that totals have on routes whose ranks need not keep step: as many are held by their owner at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class Tour:
@@ -45,10 +50,34 @@ class Tour:
     """int ``[steps]``: totals are passed on inside a chain."""
     channel: np.ndarray
     """int ``[steps]``: hops of one channel follow each other; a slow link has one of its own."""
+    patience: np.ndarray
+    """int ``[steps]``: how many steps after its visit a total that goes straight home is awaited, from 1."""
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` unless this is a tour: what breaks its rules would compute garbage, or wait for ever."""
+        ranks = len(self.rank_at)
+        steps = np.arange(ranks)
         for field in fields(self):
-            getattr(self, field.name).setflags(write=False)
+            table = getattr(self, field.name)
+            shape = (ranks, ranks) if field.name == "rank_at" else (ranks,)
+            if not isinstance(table, np.ndarray) or table.shape != shape or table.dtype.kind not in "iu":
+                raise ValueError(f"Tour: {field.name} is not an array of integers of shape {shape}")
+            table.setflags(write=False)
+        rules = {
+            "rank_at: every shard is at each rank once, and every rank at one shard in each step": all(
+                (np.sort(table, axis=1) == steps).all() for table in (self.rank_at, self.rank_at.T)
+            ),
+            "rank_at: in step 0 every shard is at its owner": (self.rank_at[:, :1] == steps[:, None]).all(),
+            "parent and post: a hop is posted once its parent's step has begun, and before it is used": (
+                (self.parent[1:] <= self.post[1:]) & (self.post[1:] < steps[1:]) & (self.parent[1:] >= 0)
+            ).all(),
+            "chain: never decreases": (np.diff(self.chain) >= 0).all() and (self.chain >= 0).all(),
+            "channel: from 0": (self.channel >= 0).all(),
+            "patience: from 1": (self.patience >= 1).all(),
+        }
+        for rule, kept in rules.items():
+            if not kept:
+                raise ValueError(f"Tour: a rule is broken. {rule}")
 
     @cached_property
     def step_at(self) -> np.ndarray:
@@ -86,6 +115,9 @@ class Ring:
 
     direction: int = 1
 
+    def __post_init__(self) -> None:
+        _check("ring", direction=self.direction)
+
     def tour(self, ranks: int) -> Tour:
         return DoubleRing(1, ranks, self.direction).tour(ranks)
 
@@ -110,6 +142,9 @@ class DoubleRing:
     per_node: int
     direction: int = 1
 
+    def __post_init__(self) -> None:
+        _check("double_ring", nodes=self.nodes, per_node=self.per_node, direction=self.direction)
+
     def tour(self, ranks: int) -> Tour:
         if self.nodes * self.per_node != ranks:
             raise ValueError(f"route is {self}, for {self.nodes * self.per_node} ranks; there are {ranks}")
@@ -120,7 +155,8 @@ class DoubleRing:
         crossing = (place == 0) & (lap > 0)
         parent = np.where(crossing, steps - self.per_node, np.maximum(steps - 1, 0))
         # the hop into a node is posted when its parent, a whole lap earlier, starts to compute
-        return Tour(onto[0] * self.per_node + onto[1], parent, parent, lap, np.where(crossing, 1, 0))
+        patience = np.where(lap > 0, max(_PATIENCE, self.per_node), _PATIENCE)  # a crossing home has a lap too
+        return Tour(onto[0] * self.per_node + onto[1], parent, parent, lap, np.where(crossing, 1, 0), patience)
 
     @property
     def reversed(self) -> DoubleRing:
@@ -142,17 +178,30 @@ class Direct:
     depth: int | None = 1
 
     def __post_init__(self) -> None:
-        if self.depth is not None and self.depth < 1:
-            raise ValueError(f"direct: depth is {self.depth}; a number of steps from 1, or None for all at once")
+        if self.depth is not None:
+            _check("direct", depth=self.depth)
 
     def tour(self, ranks: int) -> Tour:
         steps = np.arange(ranks)
         ahead = ranks if self.depth is None else self.depth
         rank_at = (steps[:, None] + steps) % max(1, ranks)
-        return Tour(rank_at, np.zeros_like(steps), np.maximum(steps - ahead, 0), steps, np.zeros_like(steps))
+        patience = np.full_like(steps, max(_PATIENCE, min(ahead, _FREE)))
+        none = np.zeros_like(steps)
+        return Tour(rank_at, none, np.maximum(steps - ahead, 0), steps, none, patience)
 
     def __repr__(self) -> str:
         return {None: "gather", 1: "needed_only"}.get(self.depth, f"direct({self.depth})")
+
+
+def _check(route: str, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{route}: {name} is {number!r}; a whole number is needed")
+        if name == "direction" and number not in (1, -1):
+            raise ValueError(f"{route}: direction is {number}; 1 is towards higher ranks, -1 towards lower ones")
+        if name != "direction" and number < 1:
+            nothing = ", or None for all at once" if name == "depth" else ""
+            raise ValueError(f"{route}: {name} is {number}; a number from 1{nothing} is needed")
 
 
 def double_ring(nodes: int, per_node: int, direction: int = 1) -> DoubleRing:
@@ -182,7 +231,10 @@ class Visit(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """One end of a message, posted at ``step`` and used at ``due``: pieces of ``shard`` leave for, or come from, ``peer``."""
+    """One end of a message, posted at ``step`` and awaited at ``due``: pieces of ``shard`` leave for, or come from, ``peer``.
+
+    What goes onward is used from ``due`` on. A total may be wanted before, by a next visitor, who then awaits it himself.
+    """
 
     step: int
     due: int
@@ -268,20 +320,18 @@ def legs(route: Route, rank: int, needs: Needs) -> Legs:
     home_out = moves(
         foreign,
         place,
-        np.where(goes_home, len(tour.parent), after[pieces, place]),
+        place + np.where(goes_home, tour.patience[place], _PATIENCE),
         np.where(goes_home, tour.home_channel[place], 0),
         np.where(goes_home, owner, tour.rank_at[owner, np.minimum(after[pieces, place], len(tour.parent) - 1)]),
     )
     earlier = before[pieces, place]
     passed_on = foreign[(chain[earlier] == chain[place])[foreign] & (earlier[foreign] > 0)]
-    home_in = moves(passed_on, earlier, place, np.zeros_like(place), tour.rank_at[owner, earlier])
+    home_in = moves(passed_on, earlier, earlier + _PATIENCE, np.zeros_like(place), tour.rank_at[owner, earlier])
     own, at = np.nonzero(seen[owner == rank] & (np.arange(len(tour.parent)) > 0))
     own = np.flatnonzero(owner == rank)[own]
     final = chain[after[own, at]] != chain[at]
     own, at = own[final], at[final]
-    home_in += _grouped(
-        own, at, np.full_like(at, len(tour.parent)), tour.home_channel[at], tour.rank_at[rank, at], owner[own]
-    )
+    home_in += _grouped(own, at, at + tour.patience[at], tour.home_channel[at], tour.rank_at[rank, at], owner[own])
     return Legs(
         tuple(Visit(move.step, move.shard, move.pieces) for move in moves(here, place, place, place, place)),
         *(tuple(map(Transfer._make, sorted(part))) for part in (onward_out, onward_in, home_out, home_in)),

@@ -191,10 +191,10 @@ class Sharding:
         Differentiable: the gradient of a position is summed over the ranks' whole sequences, so a loss that every rank
         computes alike counts once per rank.
         """
-        if x.shape[dim] != self.local_length:
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.local_length:
             raise ValueError(
-                f"unshard: dim {dim} of a tensor of shape {tuple(x.shape)} has {x.shape[dim]} positions; this rank "
-                f"holds {self.local_length} of {self.length}"
+                f"unshard: dim {dim} of a tensor of shape {tuple(x.shape)} should have this rank's positions; "
+                f"this rank holds {self.local_length} of {self.length}"
             )
         whole: Tensor = _Unshard.apply(x, self, dim % x.ndim)
         return whole

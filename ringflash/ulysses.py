@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from ringflash.freight import Parcel
+from ringflash.ranges import profiled
 from ringflash.wire import Message, Wire
 
 
@@ -150,7 +150,7 @@ class Swap:
             shapes = [(x.shape[0], *size, *x.shape[3:]) for x, size in zip(mine, coming(peer), strict=True)]
             rooms[peer] = Parcel.blank(shapes, dtypes, device)
         receives = [(peer, room.buffer) for peer, room in rooms.items()]
-        with record_function("ringflash swap of heads"):
+        with profiled("ringflash swap of heads"):
             self.wire.exchange(_full(sends), _full(receives)).wait()
         return [mine if peer == here else rooms[peer].tensors for peer in range(self.wire.ranks)]
 

@@ -305,3 +305,20 @@ def test_the_operator_passes_the_checks_of_torch_library() -> None:
         torch.ops.ringflash.attend.default,
         (q, k, v, s.handle, torch.zeros(4), None, torch.tensor(0), 0.5, 0.0, 0.0, "aten", False),
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+def test_gradients_are_contiguous_whatever_the_strides_of_the_inputs(backend: str) -> None:
+    """A compiled graph counts on it; keys that are a view of ``[b, h, s, d]`` must not hand their strides on."""
+    leaves = [torch.randn(2, heads, 12, 8).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
+    out, s = rf.flash_attention(*leaves, backend=backend), rf.Sharding(12)
+    gradients = torch.ops.ringflash.attend_backward(
+        torch.ones_like(out),
+        torch.zeros(2, 4, 12),
+        *leaves,
+        out.detach(),
+        torch.zeros(2, 4, 12),
+        s.handle,
+        *(None, None, torch.tensor(0), 0.3, 0.0, 0.0, backend, False),
+    )
+    assert all(x.is_contiguous() for x in gradients)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -393,3 +394,25 @@ def test_tables_reach_a_device_without_stopping_it():
         blocks = alone.query_blocks(128, 128), alone.key_blocks(64, 128)
         expected = alone.begin, alone.end, *blocks, alone.query_positions, alone.key_positions
         assert all(torch.equal(a.cpu(), b) for a, b in zip(tensors, expected, strict=True))
+
+
+def test_alternating_masks_build_their_tables_once_whichever_side_travels():
+    """Layers under six masks, with queries travelling in the backward: the second step finds every table."""
+    built = []
+
+    def one_rank(group):
+        s = rf.Sharding(32, group, rf.causal, "zigzag")
+        x = s.shard(torch.randn(1, 32, 4, 8), 1).requires_grad_()
+        for step in range(2):
+            if step:
+                s.unshard(x.detach(), 1)  # both ranks are through with the first step
+                built.clear()
+            hidden = x
+            for reach in range(6):
+                hidden = rf.ring_attention(hidden, hidden, hidden, s, mask=rf.causal & rf.window(3 + reach, 0))
+            hidden.sum().backward()
+
+    plain = module._Copied.__init__
+    with mock.patch.object(module._Copied, "__init__", lambda self, *args: (built.append(1), plain(self, *args))[1]):
+        rf.local_world(2).run(one_rank)
+    assert not built

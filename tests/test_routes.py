@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+import weakref
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -22,8 +25,9 @@ from test_mask import masks
 from torch import Tensor
 
 import ringflash as rf
+from ringflash.freight import Freight, Parcel
 from ringflash.plan import Cost, cheaper_backward, derive, tokens_moved
-from ringflash.route import Direct, Ring, Route, ring, ring_down, tour_of
+from ringflash.route import Direct, Ring, Route, Tour, ring, ring_down, tour_of
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 DEGREES = (1, 2, 4)
@@ -222,8 +226,77 @@ def test_a_route_that_does_not_fit_is_refused_at_once(route: Any, words: str) ->
     """Before anything is sent, with what would fit."""
     with pytest.raises(ValueError, match=words):
         rf.Sharding(64, (0, 6), route=route)
-    with pytest.raises(ValueError, match="depth is 0; a number of steps from 1"):
-        rf.direct(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: rf.direct(0), ValueError, "depth is 0; a number from 1, or None for all at once"),
+        (lambda: rf.direct(1.5), TypeError, "direct: depth is 1.5; a whole number"),
+        (lambda: rf.double_ring(-2, -4), ValueError, "double_ring: nodes is -2; a number from 1"),
+        (lambda: rf.double_ring(2, 4, direction=0), ValueError, "direction is 0; 1 is towards higher ranks"),
+        (lambda: Ring(2), ValueError, "ring: direction is 2"),
+    ],
+)
+def test_a_route_that_makes_no_sense_cannot_be_written(make: Any, error: Any, words: str) -> None:
+    """A mistake is said where it is made, and not when a plan is."""
+    with pytest.raises(error, match=words):
+        make()
+
+
+BROKEN = {
+    "posted in the step that uses it": (dict(post=[0, 1, 2, 3]), "parent and post"),
+    "posted before it is there": (dict(post=[0, 0, 0, 0]), "parent and post"),
+    "never at one rank": (dict(rank_at=[[0, 1, 2, 2], [1, 2, 3, 0], [2, 3, 0, 1], [3, 0, 1, 3]]), "rank_at"),
+    "two shards at a rank": (dict(rank_at=[[0, 1, 2, 3], [1, 2, 3, 0], [2, 1, 0, 3], [3, 0, 1, 2]]), "rank_at"),
+    "not at its owner first": (dict(rank_at=[[1, 2, 3, 0], [2, 3, 0, 1], [3, 0, 1, 2], [0, 1, 2, 3]]), "owner"),
+    "chains that mix": (dict(chain=[0, 1, 0, 1]), "chain: never decreases"),
+    "a channel below 0": (dict(channel=[0, -1, 0, 0]), "channel"),
+    "a table of another size": (dict(parent=[0, 0, 1]), r"parent is not an array of integers of shape \(4,\)"),
+    "a table of fractions": (dict(post=[0.0, 0.0, 1.0, 2.0]), "post is not an array of integers"),
+    "no patience": (dict(patience=[0, 0, 0, 0]), "patience"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_tour_that_breaks_a_rule_is_refused(fault: str) -> None:
+    """A route of your own would otherwise read what has not come, or wait for what nobody sends."""
+    tables, words = BROKEN[fault]
+    good = ring.tour(4)
+    kept = {name: getattr(good, name) for name in ("rank_at", "parent", "post", "chain", "channel", "patience")}
+
+    class Own:
+        def tour(self, ranks: int) -> Tour:
+            return Tour(**kept | {name: np.array(table) for name, table in tables.items()})
+
+    with pytest.raises(ValueError, match=words):
+        rf.Sharding(16, (0, 4), route=Own())
+
+
+@pytest.mark.parametrize("route", ["ring", "ring_down", "needed_only", "gather", rf.double_ring(4, 4)], ids=str)
+def test_owners_do_not_hoard_totals(monkeypatch: pytest.MonkeyPatch, route: Any) -> None:
+    """What comes home is added as it comes: a rank holds a few totals at once, and not one from each of 15 others."""
+    ranks, tokens, held = 16, 8, {"ring": 6, "ring_down": 6, "gather": 12}.get(str(route), 8)
+    now, most = Counter[str](), Counter[str]()
+    blank = Freight.blank
+
+    def counted(freight: Freight, count: int) -> Parcel:
+        parcel, rank = blank(freight, count), threading.current_thread().name
+        if freight.dtypes[0] == torch.float32:  # totals; what goes onward is bfloat16
+            now[rank] += 1
+            most[rank] = max(most[rank], now[rank])
+            weakref.finalize(parcel, now.subtract, [rank])
+        return parcel
+
+    monkeypatch.setattr(Freight, "blank", counted)
+
+    def one_rank(group: object) -> None:
+        s = rf.Sharding(ranks * tokens, group, rf.full, "contiguous", route)
+        q, k, v = (torch.randn(1, tokens, heads, 8).bfloat16().requires_grad_() for heads in (8, 1, 1))
+        rf.ring_attention(q, k, v, s).sum().backward()
+
+    rf.local_world(ranks).run(one_rank)
+    assert 0 < max(most.values()) <= held
 
 
 def test_options_do_not_depend_on_the_topology() -> None:

@@ -55,7 +55,7 @@ class Scoring(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def first_head(self) -> int | None: ...
+    def first_head(self) -> int: ...
 
 
 def ready(x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def options(scoring: Scoring, intervals: Intervals) -> dict[str, Any]:
         scale=float(scoring.scale),
         softcap=float(scoring.softcap) or 1.0,
         seed=scoring.seed,
-        threshold=int(scoring.dropout_p * 2**32) + ((scoring.first_head or 0) + 1 << 32),
+        threshold=int(scoring.dropout_p * 2**32) + (scoring.first_head + 1 << 32),
         keep_scale=1.0 / (1.0 - scoring.dropout_p),
         SLOPES=slopes,
         slope_stride=slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0,
