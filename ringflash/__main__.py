@@ -11,9 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from threading import Timer
+from typing import TypeVar
 
 from ringflash import machine
 from ringflash.forecast.hardware import link_names, load_hardware, machine_names
@@ -21,13 +26,21 @@ from ringflash.forecast.memory import MODELS
 from ringflash.forecast.workload import ITEMSIZE
 from ringflash.mask import documents, window
 from ringflash.units import read_tokens
-from ringflash.views.draw import draw
+from ringflash.views.draw import PICTURES, draw
 from ringflash.views.planner import LAYOUT_NAMES, ROUTE_NAMES, Answer, Question
-from ringflash.views.reading import read_documents, read_mask
+from ringflash.views.reading import read_documents, read_mask, read_path, spell_mask
 from ringflash.views.report import record, training_memory, write_memory, write_report
-from ringflash.views.trace import trace
+from ringflash.views.trace import TIMELINES, trace
 
+_Read = TypeVar("_Read")
 _SHAPES = dict(heads=32, kv_heads=8, head_dim=128)
+_OPTIONS = {"heads_axis": "--ulysses", "heads_degree": "--ulysses"} | {
+    name: f"--{name.replace('_', '-')}"
+    for name in (*_SHAPES, "batch", "dtype", "ranks_per_node", "layout", "route", "length", "hardware", "rank", "mask")
+}
+"""What the library calls arguments that are options here."""
+_PATIENCE = 3.0
+"""Seconds after which somebody who waits is told for what."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,23 +95,38 @@ def check() -> int:
 
 def plan(chosen: argparse.Namespace) -> int:
     """Print the plan of a run, or its JSON; draw and trace it where that is asked for."""
-    question = _ask(chosen)
-    try:
-        if chosen.draw:
-            draw(question.plans, chosen.draw, question.estimate)
-        if chosen.trace:
-            trace(question.estimate, chosen.trace)
-    except (ValueError, OSError, ImportError) as error:  # no such format, no such folder, no matplotlib
-        raise _Refused(_sentence(error)) from None
-    answer, gpus = Answer(question), chosen.gpus or chosen.ranks
-    if chosen.json:
-        training = {"training": training_memory(question, chosen.model, gpus)} if chosen.model else {}
-        print(json.dumps(record(answer) | training, indent=2))
-        return 0
-    print(write_report(answer, chosen.rank))
-    if chosen.model:
-        print(f"\n{write_memory(question, chosen.model, gpus)}")
+    with _announced(f"planning {chosen.ranks} ranks ..."):
+        question = _ask(chosen)
+        try:
+            if chosen.draw:
+                draw(question.plans, chosen.draw, question.estimate)
+            if chosen.trace:
+                trace(question.estimate, chosen.trace)
+        except (ValueError, OSError, ImportError) as error:  # no such folder, no matplotlib
+            raise _Refused(_sentence(error)) from None
+        text = _written(question, chosen)
+    print(text)
     return 0
+
+
+def _written(question: Question, chosen: argparse.Namespace) -> str:
+    answer, model, gpus = Answer(question), chosen.model, chosen.gpus or chosen.ranks
+    if chosen.json:
+        training = {"model": model, "gpus": gpus, "training": training_memory(question, model, gpus)} if model else {}
+        return json.dumps(record(answer) | training, indent=2, allow_nan=False)
+    return write_report(answer, chosen.rank) + (f"\n\n{write_memory(question, model, gpus)}" if model else "")
+
+
+@contextmanager
+def _announced(words: str) -> Iterator[None]:
+    """Say ``words`` on stderr if this takes long."""
+    timer = Timer(_PATIENCE, print, (words,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Refused(Exception):
@@ -113,14 +141,20 @@ def _ask(chosen: argparse.Namespace) -> Question:
         for name, usual in _SHAPES.items()
     }
     try:
-        mask, length = read_mask(chosen.mask), chosen.length
+        mask, length, spelling = read_mask(chosen.mask), chosen.length, [spell_mask(chosen.mask)]
         if chosen.window is not None:
             mask &= window(chosen.window - 1, 0)
+            spelling.append(f"rf.window({chosen.window - 1}, 0)")
         if chosen.documents is not None:
             mask &= documents(read_documents(chosen.documents, length))
+            spelling.append("rf.documents(offsets)")
         length = mask.length if length is None else length
         if length is None:
             raise ValueError("length is not given; without --documents, --length is needed")
+        if chosen.gpus is not None and chosen.model is None:
+            raise ValueError(f"--gpus is {chosen.gpus}, the devices that train a model; --model is not given")
+        if chosen.gpus is not None and chosen.gpus % chosen.ranks:
+            raise ValueError(f"--gpus is {chosen.gpus}; a multiple of --ranks, {chosen.ranks}, is needed")
         machine_used = load_hardware(chosen.hardware).with_(within=chosen.within, between=chosen.between)
         question = Question(
             length,
@@ -133,6 +167,8 @@ def _ask(chosen: argparse.Namespace) -> Question:
             hardware=machine_used,
             ranks_per_node=chosen.ranks_per_node,
             ulysses=chosen.ulysses,
+            spelling=" & ".join(spelling),
+            offsets_from=chosen.documents or "",
             **shapes,
         )
         if not 0 <= chosen.rank < len(question.plans):
@@ -143,7 +179,12 @@ def _ask(chosen: argparse.Namespace) -> Question:
 
 
 def _sentence(error: Exception) -> str:
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    """What an error says, in the words of the command line."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    words = re.sub(r"^(Sharding|estimate): ", "", str(error))
+    words = re.sub(r"^(\w+)(?= is |=)", lambda name: _OPTIONS.get(name[0], name[0]), words)
+    return re.sub(r"(?<!-)\b\w+_\w+\b(?!')", lambda name: _OPTIONS.get(name[0], name[0]), words)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -191,11 +232,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"what training it needs in memory, and its longest context; sets the heads, too: {known(MODELS)}",
     )
-    add("--gpus", type=count, metavar="N", help="devices that train it (default: the ranks)")
+    add("--gpus", type=count, metavar="N", help="devices that train it, a multiple of the ranks (default: the ranks)")
     add = parser.add_argument_group("output").add_argument
     add("--rank", type=int, default=0, metavar="R", help="the rank whose schedule is printed (default: 0)")
-    add("--draw", metavar="FILE", help="draw who computes what and when (svg, png, pdf)")
-    add("--trace", metavar="FILE", help="write a timeline that ui.perfetto.dev opens (json)")
+    for name, suffixes, what in (
+        ("draw", PICTURES, "draw who computes what and when (svg, png, pdf)"),
+        ("trace", TIMELINES, "write a timeline that ui.perfetto.dev opens (json)"),
+    ):
+        add(f"--{name}", type=_checked(partial(read_path, suffixes=suffixes)), metavar="FILE", help=what)
     add("--json", action="store_true", help="print one JSON document instead of the report")
 
 
@@ -212,10 +256,10 @@ def _read_window(text: str) -> int:
     return read_tokens(text)
 
 
-def _checked(read: Callable[[str], int]) -> Callable[[str], int]:
+def _checked(read: Callable[[str], _Read]) -> Callable[[str], _Read]:
     """``read``, whose sentences argparse shows as they are."""
 
-    def checked(text: str) -> int:
+    def checked(text: str) -> _Read:
         try:
             return read(text)
         except ValueError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -193,6 +195,42 @@ def test_less_slack_is_kept_too():
     mask = causal & packed(heavy_tail(2))
     assert balance_of(balanced(1 << 20, 64, mask, 0.01), mask).area_ratio <= 1.0101
     assert balance_of(balanced(1 << 20, 64, mask, 0.0), mask).area_ratio <= 1.001
+
+
+def calls_in(work: Callable[[], object]) -> int:
+    """How many functions ``work`` calls, of Python or of C: an effort that is the same on every machine."""
+    calls = 0
+
+    def count(frame: object, event: str, called: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    watching = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(watching)
+    return calls
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("kind", ["short", "equal", "one long"])
+def test_effort_grows_with_the_number_of_documents(kind, ranks):
+    """Four times as many documents are about four times the work: a loader packs ten thousand into every batch."""
+
+    def effort(count: int) -> int:
+        mean = (1 << 18) // count
+        lengths = {
+            "short": np.random.default_rng(count).exponential(mean, count).astype(int) + 1,
+            "equal": np.full(count, mean),
+            "one long": np.append(np.full(count - 1, mean // 2), 1 << 17),
+        }[kind]
+        mask = causal & packed(lengths.tolist())
+        return calls_in(lambda: balanced.__wrapped__(int(lengths.sum()), ranks, mask))
+
+    effort(50)  # what is only done once
+    assert effort(2400) <= 5 * effort(600)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import threading
-import weakref
-from collections import Counter
+import pickle
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mask import masks
@@ -18,16 +15,16 @@ from test_mask import masks
 import ringflash as rf
 from ringflash.forecast.cost import Estimate, estimate
 from ringflash.forecast.hardware import Hardware, Link, Rate, load_hardware
-from ringflash.forecast.holding import in_flight, peak
+from ringflash.forecast.model import Model
 from ringflash.forecast.timeline import Channel, Pace, Span, cells_between, play, schedule
-from ringflash.forecast.traffic import traffic
+from ringflash.forecast.traffic import crossing, traffic
 from ringflash.forecast.workload import Workload
-from ringflash.freight import Freight, Parcel
 from ringflash.layout import LAYOUTS
 from ringflash.plan import Plan, cheaper_backward
-from ringflash.route import ROUTES, Ring, direct, double_ring
+from ringflash.route import ROUTES, direct, double_ring
 
 NAMES = sorted(LAYOUTS)
+FREE = 1e300  # bytes per second
 SHAPE = dict(heads=8, kv_heads=2, head_dim=64)
 
 
@@ -125,7 +122,7 @@ def test_slower_links_never_help(plans, on):
 @settings(max_examples=40)
 def test_nothing_is_exposed_where_sending_costs_nothing(plans, rate):
     """What remains beyond the mean rank's work is imbalance; a balanced problem has none of it."""
-    free = Link("free", math.inf)
+    free = Link("free", FREE)
     result = estimated(plans, replace(machine(rate=rate), within=free, between=free))
     assert result.forward.exposed == result.backward.exposed == 0
     even = estimated(plans_of(24, 4, rf.full, route=plans[0].route if plans[0].ranks == 4 else "ring"), result.hardware)
@@ -150,7 +147,7 @@ def test_a_uniform_ring_takes_what_the_formula_says(bandwidth, latency):
 def test_a_host_that_runs_ahead_costs_what_it_cannot_hide():
     """One step of it on a GPU, where visits are longer; all of it where the host computes."""
     plans, compute, host = plans_of(80, 5, rf.full), 16 * 16 * 4 * 8 * 64 / 1e8, 1e-3
-    ahead = replace(machine(bandwidth=math.inf, rate=1e8), step_overhead=host)
+    ahead = replace(machine(bandwidth=FREE, rate=1e8), step_overhead=host)
     assert math.isclose(estimated(plans, ahead).forward.seconds, host + 5 * compute)
     assert math.isclose(estimated(plans, replace(ahead, runs_ahead=False)).forward.seconds, 5 * (host + compute))
     assert math.isclose(estimated(plans, ahead.with_(step_overhead=1.0)).forward.seconds, 5 * 1.0 + compute)
@@ -175,7 +172,7 @@ def test_a_crossing_hides_behind_a_whole_inner_ring():
     """A slow link that takes up to a lap of computing costs a ring every step, and a double ring nothing."""
     work = 16 * 16 * 4 * 8 * 64 / 1e8  # seconds of a visit
     slow = Link("slow", 16 * 512 / (1.9 * work))
-    on = replace(machine(bandwidth=math.inf, rate=1e8), between=slow)
+    on = replace(machine(bandwidth=FREE, rate=1e8), between=slow)
     ring, double = (
         estimated(plans_of(64, 4, rf.full, route=route), on).forward for route in ("ring", double_ring(2, 2))
     )
@@ -210,62 +207,6 @@ def test_the_backward_moves_what_the_library_moves(shape):
     assert result.forward.travels == "keys"
 
 
-def test_a_ring_holds_two_parts_and_a_gather_all_of_them():
-    """Peak buffers, in shards: what memory.py counts for a ring, and what asking for everything at once costs."""
-    ring = in_flight(plans_of(8 * 16, 8, rf.full)[3])
-    assert max(now.parts for now in ring) == 2 * 16
-    assert max(now.totals for now in ring) == 5 * 16
-    gather = in_flight(plans_of(8 * 16, 8, rf.full, route="gather")[3])
-    assert max(now.parts for now in gather) == 8 * 16  # and its own shard, copied to be sent
-    assert max(now.parts for now in in_flight(plans_of(16, 1, rf.full)[0])) == 0
-
-
-@pytest.mark.parametrize("route", ["ring", "ring_down", "gather", "needed_only", double_ring(2, 2)], ids=str)
-def test_parts_in_flight_are_those_that_the_loop_holds(route, monkeypatch):
-    """Buffers of the real loop, counted while they live: on every rank what was foretold, but for copies on their way.
-
-    Threads copy them at once, so where parts are cut out for several ranks the loop holds less here than between processes.
-    """
-    alive, most, blank = Counter[str](), Counter[str](), Freight.blank
-
-    def counted(freight: Freight, tokens: int) -> Parcel:
-        parcel, rank = blank(freight, tokens), threading.current_thread().name
-        alive[rank] += tokens
-        most[rank] = max(most[rank], alive[rank])
-        weakref.finalize(parcel, alive.subtract, {rank: tokens})
-        return parcel
-
-    monkeypatch.setattr(Freight, "blank", counted)
-    q, k = torch.randn(1, 64, 4, 8), torch.randn(1, 64, 2, 8)
-
-    def forward(group: object) -> str:
-        s = rf.Sharding(64, group, rf.causal, "zigzag", route=route)
-        rf.ring_attention(*(s.shard(x, dim=1) for x in (q, k, k)), s)
-        return threading.current_thread().name
-
-    names = rf.local_world(4).run(forward)
-    foretold = [in_flight(plan) for plan in plans_of(64, 4, rf.causal, "zigzag", route)]
-    held, most_foretold = [most[name] for name in names], [max(now.parts for now in found) for found in foretold]
-    assert all(a <= b for a, b in zip(held, most_foretold, strict=True))
-    assert held == most_foretold or not isinstance(plans_of(4, 4, rf.full, route=route)[0].route, Ring)
-
-
-def test_memory_is_that_of_the_fullest_rank():
-    """One rank holds its tensors and their gradients; a ring adds what is in flight."""
-    alone = plans_of(64, 1, rf.full)
-    work = Workload(8, 2, 64, 64)
-    row, narrow = 64 * 8 * 64, 64 * 2 * 64  # elements of q and of k
-    assert peak(alone, alone, work) == {
-        **{"q": 2 * row, "k, v": 4 * narrow, "out": 2 * row, "lse": 4 * 64 * 8, "partial out": 0},
-        **{"dout": 2 * row, "delta": 4 * 64 * 8, "dq": 4 * row, "dk, dv": 8 * narrow},
-        **{"parts in flight": 0, "totals in flight": 0},
-    }
-    uneven = plans_of(65, 2, rf.full)
-    held = peak(uneven, uneven, work)
-    assert held["q"] == 2 * 33 * 8 * 64
-    assert held["parts in flight"] > 0 and held["totals in flight"] > 0
-
-
 def test_heads_over_ranks_change_neither_work_nor_answers():
     """Ulysses: the same operations on as many ranks, fewer tokens a hop, and swaps that are counted."""
     flat = estimated(plans_of(256, 4, rf.full), machine(rate=1e8))
@@ -277,7 +218,15 @@ def test_heads_over_ranks_change_neither_work_nor_answers():
     sent = tokens * (heads + 2 * kv_heads) * 64 * 2, tokens * heads * (64 * 2 + 4)
     assert sorted({span.bytes for span in swaps}) == sorted(sent)
     assert len(swaps) == 4  # before and after, on both ranks of the ring
-    assert swapped.forward.bytes["within"] >= 4 * sum(sent)
+    assert swapped.forward.swapped == {"within": 4 * sum(sent), "between": 0}
+    assert (swapped.forward.swap_busiest, swapped.forward.swap_messages) == (sum(sent), 2 * 4)
+    assert (flat.forward.swapped, flat.forward.swap_messages) == ({}, 0)
+    hop = (
+        128 * 2 * kv_heads * 64 * 2
+    )  # each rank of the ring sends its shard to the other one: 2 ranks, 1 key head each
+    assert swapped.forward.bytes == {"within": 0, "between": 4 * hop}
+    assert (swapped.forward.busiest, swapped.forward.messages) == (hop, 4)
+    assert "heads are swapped in 8 messages" in str(swapped)
 
 
 def test_key_heads_are_copied_only_as_far_as_needed():
@@ -311,7 +260,15 @@ def test_a_report_says_that_it_is_a_model_and_where_its_rates_come_from():
     """Nobody should take it for a measurement."""
     text = str(estimate(plans_of(1 << 16, 4, rf.causal, "zigzag"), "a100", heads=8, head_dim=128))
     assert text.startswith("model, not a measurement: 64K tokens on 4 x a100")
-    for word in ("forward", "backward", "memory", "limit", "published: FlashAttention-2", "advice"):
+    for word in (
+        "forward",
+        "backward",
+        "memory",
+        "of 312 TFLOP/s in bfloat16",
+        "limit",
+        "published: FlashAttention-2",
+        "advice",
+    ):
         assert word in text
 
 
@@ -349,3 +306,53 @@ def test_an_incomplete_set_of_plans_is_refused():
     for call in (lambda some: estimate(some, "h100", heads=8), traffic):
         with pytest.raises(ValueError, match="one plan for every rank"):
             call(plans[1:])
+    mixed = [*plans[:2], plans_of(32, 3, rf.full)[2]]
+    with pytest.raises(ValueError, match="several problems"):
+        estimate(mixed, "h100", heads=8)
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 9), st.sampled_from([1, 2, 3, 4, 8]))
+def test_a_hop_crosses_nodes_for_as_many_ranks_as_are_on_others(source, target, per_node, degree):
+    """Rank l of those that share the shard of ring rank r is rank r * degree + l: nodes need not hold whole groups."""
+    nodes = [[(at * degree + lane) // per_node for lane in range(degree)] for at in (source, target)]
+    assert crossing(source, target, per_node, degree) == sum(a != b for a, b in zip(*nodes, strict=True))
+
+
+def test_rings_across_uneven_nodes_go_over_the_slow_link():
+    """Nodes of 6 and groups of 4: half of the first hop's ranks leave their node, so it takes as long as if all did."""
+    plans, on = plans_of(64, 3, rf.full), machine(bandwidth=1e6, rate=1e12)
+    work = Workload(8, 4, 64, 64, degree=4)
+    model = Model(on, work, per_node=6)
+    pace = model.pace("forward", plans)
+    assert [pace.link_of(0, 1), pace.link_of(1, 2), pace.link_of(2, 0)] == [1, 1, 1]
+    assert [model.swap_kind(1), model.swap_kind(2)] == [0, 1]  # ranks 4 to 7 are on two nodes
+    found = estimate(plans, on, heads=8, kv_heads=4, head_dim=64, heads_degree=4, ranks_per_node=6).forward
+    lane = {hop.source: 0 for hop in schedule(plans).hops("onward")}
+    between = {0: 2, 1: 2, 2: 4}  # 4, 5 | 6, 7 of ranks 0-3 to 4-7; the last ring rank is alone on the second node
+    for hop in schedule(plans).hops("onward"):
+        lane[hop.source] += hop.tokens * work.keys.onward
+    assert found.bytes["between"] == sum(count * between[source] for source, count in lane.items())
+    assert sum(found.bytes.values()) == 4 * sum(lane.values())
+    counted = traffic(plans, work.keys.onward, ranks_per_node=6, degree=4)
+    assert (counted.ours.total, counted.ours.between) == (sum(found.bytes.values()), found.bytes["between"])
+    assert (counted.messages, counted.nodes, counted.ours.sent) == (found.messages, 2, found.busiest)
+
+
+def test_an_estimate_is_data():
+    """It can be sent to another process, knows what it is of, prints in a line, and advises there as here."""
+    plans = plans_of(64, 4, rf.causal)
+    result = estimate(plans, "h100", heads=8)
+    again = pickle.loads(pickle.dumps(result))
+    assert again == result and again.problem == plans[0].problem
+    assert again.advice == result.advice != ()
+    assert len(repr(result)) < 5000 and "Span(" not in repr(result)
+    assert str(result) == "\n".join([result.summary, *(f"advice   {line}" for line in result.advice)])
+
+
+def test_a_problem_without_tokens_takes_no_time():
+    """Nothing is computed and nothing sent, and no rate is infinite."""
+    plans = plans_of(0, 2, rf.full)
+    result = estimate(plans, "h100", heads=8)
+    assert (result.seconds, result.tokens_per_second) == (0.0, 0.0)
+    assert ": nothing sent" in str(result.forward)
+    assert str(traffic(plans)) == "nothing is sent"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 
 import ringflash as rf
 from ringflash.forecast.cost import Estimate, estimate
-from ringflash.plan import Plan
+from ringflash.plan import Plan, cheaper_backward
 from ringflash.views.chart import Chart, Palette, chart_of_pass, chart_of_work
-from ringflash.views.draw import PALE, colour_cells
+from ringflash.views.draw import PALE, choose_ticks, colour_cells
 
 
 @st.composite
@@ -58,7 +59,7 @@ def test_a_rank_is_always_either_computing_or_waiting(plans: list[Plan]) -> None
     """Blocks and hatched stretches of a rank fill its row without a gap, and no two of its blocks overlap."""
     model = modelled(plans) if plans[0].travels == "keys" else None
     phases = [] if model is None else [model.forward, model.backward]
-    for chart in [chart_of_work(plans), *(chart_of_pass(phase, plans) for phase in phases)]:
+    for chart in [chart_of_work(plans), *(chart_of_pass(phase, len(plans)) for phase in phases)]:
         row = defaultdict(list)
         for bar in chart.bars:
             if bar.lane == "compute":
@@ -86,13 +87,22 @@ def test_work_in_lockstep_counts_every_cell_and_the_busiest_rank_of_each_step(pl
 
 
 def test_blocks_show_the_shard_that_the_plan_meets() -> None:
-    """Also where queries travel in the backward: its blocks are those of the turned plan."""
-    plans = rf.plans(rf.Sharding(64, (0, 4), rf.causal, "zigzag", "ring"))
-    model = modelled(plans, heads=2, kv_heads=2)
-    assert model.backward.travels == "queries"
-    for phase, of in ((model.forward, plans), (model.backward, [plan.turned for plan in plans])):
-        shown = {(bar.rank, bar.shard) for bar in chart_of_pass(phase, plans).bars if bar.lane == "compute"}
-        assert shown == {(plan.rank, meeting.shard) for plan in of for meeting in plan.meetings}
+    """Also where queries travel in the backward, and go round the other way: its blocks are those of its own plans."""
+    for layout in ("zigzag", "contiguous"):
+        plans = rf.plans(rf.Sharding(64, (0, 4), rf.causal, layout, "ring"))
+        model = modelled(plans, heads=2, kv_heads=2)
+        assert model.backward.travels == "queries"
+        cost = model.workload
+        backward = [cheaper_backward(plan, cost.keys, cost.queries) for plan in plans]
+        assert layout == "zigzag" or backward[0].route != plans[0].route
+        for phase, of in ((model.forward, plans), (model.backward, backward)):
+            shown = {(bar.rank, bar.shard) for bar in chart_of_pass(phase, len(plans)).bars if bar.lane == "compute"}
+            met = {(plan.rank, meeting.step, meeting.shard) for plan in of for meeting in plan.meetings}
+            assert shown == {(rank, shard) for rank, _, shard in met}
+            by_step = {
+                (span.rank, span.step): int(span.label.split()[1]) for span in phase.spans if span.lane == "compute"
+            }
+            assert met == {(rank, step, shard) for (rank, step), shard in by_step.items()}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 9, 64])
@@ -129,6 +139,52 @@ def test_an_incomplete_set_of_plans_is_refused(tmp_path: Path) -> None:
         rf.draw([rf.plan(rf.Sharding(8, (1, 2)))], tmp_path / "plan.svg")
     with pytest.raises(ValueError, match=r"got plans of ranks \[\]"):
         rf.draw([], tmp_path / "plan.svg")
+
+
+def test_an_estimate_of_other_plans_is_refused(tmp_path: Path) -> None:
+    """Its seconds would stand beside a matrix they are not of; one of the same plans is drawn with either side turned."""
+    plans = rf.plans(rf.Sharding(64, (0, 4), rf.causal, "zigzag", "ring"))
+    for other in (
+        rf.Sharding(128, (0, 4), rf.causal, "zigzag", "ring"),
+        rf.Sharding(64, (0, 2), rf.causal, "zigzag", "ring"),
+        rf.Sharding(64, (0, 4), rf.causal, "contiguous", "ring"),
+        rf.Sharding(64, (0, 4), rf.full, "zigzag", "ring"),
+        rf.Sharding(64, (0, 4), rf.causal, "zigzag", "gather"),
+    ):
+        with pytest.raises(ValueError, match="the estimate is of other plans"):
+            rf.draw(plans, tmp_path / "plan.svg", modelled(rf.plans(other)))
+    rf.draw([plan.turned for plan in plans], tmp_path / "plan.svg", modelled(plans))
+
+
+@pytest.mark.parametrize(
+    "change, error, sentence",
+    [
+        ({"path": None}, TypeError, "draw: path is None; .*ends in .svg"),
+        ({"path": ""}, ValueError, "draw: path is ''; .*ends in .svg or .png or .pdf"),
+        ({"path": "plan"}, ValueError, "draw: path is 'plan'; .*ends in .svg"),
+        ({"path": "plan.xyz"}, ValueError, "draw: path is 'plan.xyz'; .*ends in .svg"),
+        ({"path": "folder.svg"}, ValueError, "draw: path is 'folder.svg', a folder"),
+        ({"plans": rf.Sharding(8, (0, 2))}, TypeError, "draw: plans is a Sharding; .*rf.plans"),
+        ({"plans": rf.plan(rf.Sharding(8, (0, 2)))}, TypeError, "draw: plans is a Plan; .*rf.plans"),
+        ({"estimate": "h100"}, TypeError, "draw: estimate is 'h100'; .*rf.estimate"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_refused_in_a_sentence(
+    change: dict[str, Any], error: type[Exception], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is drawn, with what is accepted."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder.svg").mkdir()
+    with pytest.raises(error, match=sentence):
+        rf.draw(**({"plans": rf.plans(rf.Sharding(8, (0, 2))), "path": "plan.svg"} | change))
+
+
+@given(st.integers(0, 1 << 40))
+def test_ticks_stand_at_positions_and_none_twice(length: int) -> None:
+    """Tiny lengths once had 0, 0, 1, 2, 2."""
+    ticks = choose_ticks(length)
+    assert ticks == sorted(set(ticks)) and ticks[0] == 0 and ticks[-1] == length and len(ticks) == min(5, length + 1)
 
 
 def test_an_empty_chart_has_no_waits() -> None:

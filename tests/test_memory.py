@@ -84,8 +84,12 @@ def test_terms_of_a_small_model_add_up():
     assert terms["activations of one layer"] == 500 * (SMALL.layer_bytes("none") - 2 * 64)
     dout_delta_dq, dk_dv = 4 * (2 * 16 + 4) + 4 * 4 * 16, 2 * 2 * 16 * 4
     assert terms["buffers of one layer"] == 500 * max(
-        6 * 128 + 4 * 64, dout_delta_dq + dk_dv + 2 * (2 * 2 * 16 * 2) + 5 * dk_dv
+        6 * 128 + 4 * 64, dout_delta_dq + dk_dv + 2 * (2 * 2 * 16 * 2) + 4 * dk_dv
     )
+    less = memory(SMALL, 1000, gpus=2, logits_chunk=100, parts=0.5, totals=3.5).terms
+    flying = 1.5 * (2 * 2 * 16 * 2) + 0.5 * dk_dv
+    assert less == terms | {"buffers of one layer": terms["buffers of one layer"] - 500 * flying}
+    assert memory(SMALL, 1000, parts=9, totals=9).terms == memory(SMALL, 1000).terms  # nobody to exchange with
     assert terms["logits"] == 100 * 1000 * 10
 
 
@@ -118,6 +122,15 @@ def test_the_longest_context_fits_and_the_next_one_does_not(options, name, machi
     assert found.limit in found.memory.terms and found.limit in str(found) and f"{gpus} GPUs" in str(found)
 
 
+def test_what_is_in_flight_shortens_the_context():
+    """A gather of 64 shards holds every key at once: no shorter steps, but fewer tokens than a ring's two shards."""
+    ring, gather = (
+        longest_context("llama3-8b", "h100", 64, parts=parts, totals=totals) for parts, totals in ((2, 4), (64, 9))
+    )
+    assert gather.tokens < 0.8 * ring.tokens
+    assert ring == longest_context("llama3-8b", "h100", 64)
+
+
 def test_what_others_have_run_fits():
     """Llama-3.1-8B with 256K tokens on 8 H100, full checkpointing: published by torchtitan. One of them does not hold it."""
     assert longest_context("llama3-8b", "h100", 8).tokens >= 256 * 1024
@@ -133,6 +146,9 @@ def test_what_others_have_run_fits():
         (lambda: memory(SMALL, 1, checkpointing="some"), "accepted are none, selective, attention, full"),
         (lambda: memory(SMALL, 1, gpus=0), "gpus is 0"),
         (lambda: memory(SMALL, 1, logits_chunk=0), "logits_chunk is 0"),
+        (lambda: memory(SMALL, 1, gpus=True), "gpus is True"),
+        (lambda: memory(SMALL, 1, parts=-1), "parts is -1; a finite number of shards"),
+        (lambda: longest_context(SMALL, "h100", 2, totals=float("nan")), "totals is nan"),
         (lambda: find_model("llama9"), "known are llama3-8b, llama3-70b"),
         (lambda: longest_context(SMALL, "h100", 1, reserve=1.5), "reserve is 1.5"),
         (lambda: Transformer(1, 64, 3, 2, 16, 128, 10), "no multiple of kv_heads, 2"),

@@ -109,3 +109,25 @@ def test_messages_that_travel_at_once_get_threads_of_their_own(tmp_path: Path) -
     _, kinds = events_of(estimate(rf.plans(s), "h100", heads=4, ranks_per_node=4), tmp_path)
     names = {event["args"]["name"] for event in kinds["M"] if event["name"] == "thread_name"}
     assert {"compute", "onward", "onward 2", "home"} <= names
+
+
+@pytest.mark.parametrize(
+    "path, error, sentence",
+    [
+        (None, TypeError, "trace: path is None"),
+        ("", ValueError, "trace: path is ''; .*ends in .json"),
+        ("timeline", ValueError, "trace: path is 'timeline'; .*ends in .json"),
+        ("folder.json", ValueError, "trace: path is 'folder.json', a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_in_a_sentence(
+    path: Any, error: type[Exception], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is accepted; plans in the place of an estimate, too."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder.json").mkdir()
+    plans = rf.plans(rf.Sharding(8, (0, 2)))
+    with pytest.raises(error, match=sentence):
+        trace(estimate(plans, "h100", heads=4), path)
+    with pytest.raises(TypeError, match=r"trace: estimate is a list; .*rf.estimate"):
+        trace(plans, tmp_path / "trace.json")  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import ringflash as rf
 from ringflash.forecast.hardware import Link
+from ringflash.forecast.timeline import schedule
 from ringflash.views.planner import Question
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +103,7 @@ def test_equal_visits_take_what_the_formula_says(
     seconds = [[compute * links.NANO] * ranks for _ in range(ranks)]
     n = 64 * model.workload.keys.onward
     for variation, (wider, later) in links.VARIATIONS.items():
-        found = links.join(model, "forward", question.plans, seconds, before, host, variation)
+        found = links.join(model, "forward", question.plans, [links.Played(seconds, [before] * ranks)], host, variation)
         hop = max(seconds[0][0], latency * later + n / (bandwidth * wider))
         assert found.seconds == pytest.approx(before + (ranks - 1) * hop + seconds[0][0] + ranks * host, rel=1e-9)
         assert found.compute == pytest.approx(before + sum(seconds[0]))
@@ -113,7 +114,7 @@ def test_a_schedule_takes_its_visits_in_the_order_of_the_plan() -> None:
     """A visit that is charged to another rank or step would move the waiting around."""
     plans = Question(193, 4, PACKED, "balanced", "needed_only", **SMALL).plans
     seconds = [[(10 * plan.rank + i) * 1e-3 for i in range(len(plan.meetings))] for plan in plans]
-    table = links.measured_schedule(plans, seconds)
+    table = links.charge(schedule(plans), seconds)
     charged = {(number, v.rank): v.cells for number, move in enumerate(table.moves) for v in move.visits}
     wanted = {
         (meeting.step, plan.rank): round(spent / links.NANO)

@@ -81,8 +81,7 @@ def remake(name: str, length: int, ranks: int, mask: Mask) -> Layout | None:
 
 def _resized(first: Plan, ranks: int, degree: int, label: str) -> Iterator[Change]:
     """The same problem on rings of so many ranks, with the layout of the same name; a double ring keeps its nodes' size."""
-    name = _name(first.queries)
-    route = first.route
+    name, route = first.queries.name, first.route
     if isinstance(route, DoubleRing):
         inner = min(max(1, route.per_node * ranks // first.ranks) if ranks < first.ranks else route.per_node, ranks)
         route = DoubleRing(ranks // inner, inner, route.direction) if ranks % inner == 0 else ring
@@ -95,12 +94,6 @@ def _resized(first: Plan, ranks: int, degree: int, label: str) -> Iterator[Chang
 def _is_local(mask: Mask) -> bool:
     """Do queries see their neighbourhood only, so that most ranks need little of each other?"""
     return bool(mask.documents or mask.chunks) or mask.left is not None
-
-
-def _name(layout: Layout) -> str:
-    """What the layout is called: by itself, or by those that place every position alike."""
-    alike = (name for name, make in LAYOUTS.items() if make(layout.length, layout.ranks) == layout)
-    return layout.name or next(alike, "")
 
 
 def _planned(first: Plan, queries: Layout, keys: Layout, route: Route) -> Callable[[], list[Plan]]:

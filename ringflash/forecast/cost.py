@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from ringflash.forecast.advice import Change, degrees, layouts, more_ranks, routes
 from ringflash.forecast.hardware import Hardware, load_hardware
 from ringflash.forecast.holding import peak
-from ringflash.forecast.model import Model, Pass, StepCost, without_latency, without_links
+from ringflash.forecast.model import Model, Pass, StepCost, spell_rate, without_latency, without_links
 from ringflash.forecast.timeline import Pace, Schedule, Span, play, schedule
 from ringflash.forecast.workload import Workload
-from ringflash.plan import Plan
+from ringflash.plan import Plan, derive
 from ringflash.units import spell_bytes, spell_count, spell_tokens
 
 __all__ = ["Estimate", "Pass", "Span", "StepCost", "estimate"]
@@ -36,6 +37,7 @@ class Estimate:
     """What :func:`estimate` expects of one attention call, forward and backward: a model, not a measurement.
 
     ``memory`` are the bytes of each kind of tensor at the peak of the fullest rank. ``limit`` is the term that decides.
+    ``problem`` is what the plans have in common (``Plan.problem``), of rings on nodes of ``ranks_per_node`` ranks.
     """
 
     forward: Pass
@@ -46,12 +48,15 @@ class Estimate:
     workload: Workload
     tokens: int
     ranks: int
-    advise: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False, compare=False)
+    ranks_per_node: int
+    problem: tuple[Any, ...] = field(repr=False)
 
     @cached_property
     def advice(self) -> tuple[str, ...]:
         """What would help and by how much, best first; tried when it is first asked for, which may take a second."""
-        return self.advise()
+        plans = [derive(rank, *self.problem) for rank in range(self.problem[0].ranks)]
+        model = Model(self.hardware, self.workload, self.ranks_per_node)
+        return tuple(_advise(model, plans, self.forward, self.backward))
 
     @property
     def seconds(self) -> float:
@@ -60,15 +65,17 @@ class Estimate:
     @property
     def tokens_per_second(self) -> float:
         """Tokens of all ranks and batch rows that pass through one such call, forward and backward, in a second."""
-        return self.tokens * self.workload.batch / self.seconds if self.seconds else float("inf")
+        return self.tokens * self.workload.batch / self.seconds if self.seconds else 0.0
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """All that is expected, without the advice, which takes longer than the rest."""
         work, machine = self.workload, self.hardware
         shape = (
             f"{work.heads} heads, {work.kv_heads} key heads, head dim {work.head_dim}, {work.dtype}, batch {work.batch}"
         )
         swap = f", heads over {work.degree} ranks" if work.degree > 1 else ""
-        memory = ", ".join(f"{name} {spell_bytes(n)}" for name, n in self.memory.items() if n)
+        memory = ", ".join(f"{name} {spell_bytes(n)}" for name, n in self.memory.items() if n) or "nothing"
         lines = [
             f"model, not a measurement: {spell_tokens(self.tokens)} tokens on {self.ranks} x {machine.name} "
             f"({machine.within.name} within nodes, {machine.between.name} between)",
@@ -77,11 +84,18 @@ class Estimate:
             *str(self.backward).splitlines(),
             f"tokens   {spell_count(self.tokens_per_second)} per second, forward and backward, all ranks",
             f"memory   {spell_bytes(sum(self.memory.values()))} on the fullest rank: {memory}",
+            f"peak     {self._share_of_peak(self.forward)} forward, {self._share_of_peak(self.backward)} backward, of "
+            f"{spell_rate(machine.peak)} in bfloat16",
             f"rates    forward {self.forward.rate}; backward {self.backward.rate}",
             f"limit    {self.limit}",
-            *(f"advice   {line}" for line in self.advice),
         ]
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *(f"advice   {line}" for line in self.advice)])
+
+    def _share_of_peak(self, phase: Pass) -> str:
+        return f"{phase.flops_per_second / self.hardware.peak:.0%}"
 
 
 def estimate(
@@ -113,9 +127,11 @@ def estimate(
         raise ValueError(f"estimate: got plans of ranks {ranks}; one plan for every rank, as of rf.plans(s)")
     if plans[0].travels != "keys":
         raise ValueError("estimate: the plans are of a backward in which queries travel; pass those of rf.plans(s)")
+    if any(plan.problem != plans[0].problem for plan in plans):
+        raise ValueError("estimate: the plans are of several problems; pass those of one sharding, rf.plans(s)")
     machine = load_hardware(hardware)
     per_node = machine.gpus_per_node if ranks_per_node is None else ranks_per_node
-    if not isinstance(per_node, int) or per_node < 1:
+    if type(per_node) is not int or per_node < 1:
         raise ValueError(f"estimate: ranks_per_node is {per_node!r}; a whole number from 1 is needed")
     first = plans[0]
     workload = Workload(
@@ -141,7 +157,8 @@ def estimate(
         workload=workload,
         tokens=first.queries.length,
         ranks=first.ranks * workload.degree,
-        advise=lambda: tuple(_advise(model, plans, forward, backward)),
+        ranks_per_node=per_node,
+        problem=first.problem,
     )
 
 

@@ -14,6 +14,7 @@ dropout. All of it is a model: allocators lose something (``reserve``), and fram
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, inf
 from typing import Any
 
 from ringflash.forecast.hardware import Hardware, load_hardware
@@ -24,17 +25,17 @@ HALF, WIDE = 2, 4  # bytes of a bf16 and of a float32 number
 OPTIMIZER = 12  # bytes a parameter: AdamW's float32 weights, first and second moment
 GRAIN = 1024  # contexts are rounded down to so many tokens
 
-PARTS_IN_FLIGHT = 2
+PARTS_IN_FLIGHT = 2.0
 """Shards of keys that a rank of a ring holds of others: the one it computes with and the next."""
-TOTALS_IN_FLIGHT = 5
-"""Shards of gradients: this rank's share, the total that comes, and those that left in this and the last two steps."""
+TOTALS_IN_FLIGHT = 4.0
+"""Shards of gradients: this rank's share, the total that comes, and those that left in this and the last step."""
 
 LEVELS = ("none", "selective", "attention", "full")
 """Activation checkpointing, from what keeps most to what keeps least."""
 
 
 def _whole(where: str, name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise ValueError(f"{where}: {name} is {value!r}; a whole number from 1 is needed")
 
 
@@ -97,17 +98,16 @@ class Transformer:
             "full": 2 * h,
         }[checkpointing]
 
-    def working_bytes(self, ring: bool) -> int:
+    def working_bytes(self, parts: float = 0.0, totals: float = 0.0) -> int:
         """Bytes a token that the backward of one layer needs for a while: in its MLP, or in its attention.
 
         MLP: gradients of its three inner tensors, of its input and output (6i + 4h). Attention: dout, delta, dq, dk and dv in
-        float32, and in a ring the shards in flight.
+        float32, and so many shards of keys and of gradients in flight.
         """
         work = Workload(self.heads, self.kv_heads, self.head_dim, self.head_dim)
         attention = self.heads * (HALF * self.head_dim + WIDE) + WIDE * self.heads * self.head_dim + work.keys.home
-        if ring:
-            attention += PARTS_IN_FLIGHT * work.keys.onward + TOTALS_IN_FLIGHT * work.keys.home
-        return max(6 * self.intermediate + 4 * self.hidden, attention)
+        flying = ceil(parts * work.keys.onward + totals * work.keys.home)
+        return max(6 * self.intermediate + 4 * self.hidden, attention + flying)
 
 
 MODELS = {
@@ -157,16 +157,23 @@ def memory(
     shards: int | None = None,
     checkpointing: str = "full",
     logits_chunk: int | None = 4096,
+    parts: float = PARTS_IN_FLIGHT,
+    totals: float = TOTALS_IN_FLIGHT,
 ) -> Memory:
     """Bytes of the fullest rank in a training step on ``tokens`` tokens, whose sequence a ring of all ``gpus`` shares.
 
     ``stage`` 0 to 3 of ZeRO splits nothing, the optimizer, gradients too, or weights too (3 is FSDP) over ``shards`` ranks
     (default: all). ``checkpointing`` is one of ``LEVELS``. Logits cost 10 bytes each (bf16, float32, gradient), at most
-    ``logits_chunk`` tokens of them at a time; None makes all at once.
+    ``logits_chunk`` tokens of them at a time; None makes all at once. ``parts`` and ``totals`` are in flight where there are
+    several GPUs: keys and gradients, in multiples of those of one rank's tokens. The defaults are a plain ring's;
+    ``holding.in_flight`` counts those of any plan, and all of a gather's are ``gpus``.
     """
     model = find_model(transformer)
     for name, value in (("gpus", gpus), ("shards", gpus if shards is None else shards)):
         _whole("memory", name, value)
+    for name, multiple in (("parts", parts), ("totals", totals)):
+        if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not 0 <= multiple < inf:
+            raise ValueError(f"memory: {name} is {multiple!r}; a finite number of shards from 0 is needed")
     if logits_chunk is not None:
         _whole("memory", "logits_chunk", logits_chunk)
     if stage not in range(4):
@@ -185,7 +192,7 @@ def memory(
             "gathered weights": _gathered(model) if stage == 3 and over > 1 else 0,
             "activations kept": held * (model.layers * kept + 4 * model.hidden),
             "activations of one layer": held * (model.layer_bytes("none") - kept),
-            "buffers of one layer": held * model.working_bytes(ring=gpus > 1),
+            "buffers of one layer": held * (model.working_bytes(parts, totals) if gpus > 1 else model.working_bytes()),
             "logits": chunk * model.vocab * (HALF + 2 * WIDE),
         }
     )

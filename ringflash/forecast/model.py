@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ringflash.forecast.hardware import Hardware, Link, Rate
+import numpy as np
+
+from ringflash.forecast.hardware import Hardware, Link, Rate, bare
 from ringflash.forecast.timeline import Channel, Pace, Schedule, Span, play, schedule
+from ringflash.forecast.traffic import crossing
 from ringflash.forecast.workload import Workload
 from ringflash.plan import Plan, cheaper_backward
 from ringflash.units import spell_bytes, spell_count, spell_seconds
@@ -39,8 +42,9 @@ class Pass:
     """The forward, or the backward, of one attention call.
 
     ``seconds`` until the last rank is done = ``compute`` (of the mean rank) + ``imbalance`` + ``exposed``. ``busy`` are the
-    seconds that each rank of the ring computes, ``flops`` dense operations of all ranks. ``bytes`` are those of all
-    messages by kind of link, ``busiest`` those that one rank sends at most. ``rate`` says where the kernel's rate is from.
+    seconds that each rank of the ring computes, ``flops`` dense operations of all ranks. ``bytes`` are those of the ring's
+    messages by kind of link, ``busiest`` those that one rank sends at most, and ``messages`` their number. Swaps of heads
+    (Ulysses) are counted apart, the same three. ``rate`` says where the kernel's rate is from.
     Ranks of spans are those of the ring; where several share each shard (Ulysses), a span stands for all of these.
     """
 
@@ -55,8 +59,11 @@ class Pass:
     busiest: int
     messages: int
     rate: str
-    steps: tuple[StepCost, ...]
-    spans: tuple[Span, ...]
+    steps: tuple[StepCost, ...] = field(repr=False)
+    spans: tuple[Span, ...] = field(repr=False)
+    swapped: dict[str, int] = field(default_factory=dict)
+    swap_busiest: int = 0
+    swap_messages: int = 0
 
     @property
     def compute(self) -> float:
@@ -78,14 +85,34 @@ class Pass:
 
     def __str__(self) -> str:
         terms = f"compute {self.busy_share:.0%}, imbalance {self._share(self.imbalance)}, exposed {self._share(self.exposed)}"
-        sent = ", ".join(f"{spell_bytes(n)} {kind} nodes" for kind, n in self.bytes.items() if n) or "nothing sent"
-        return (
-            f"{self.name:<9}{spell_seconds(self.seconds)}  ({terms}), {spell_count(self.flops_per_second)}FLOP/s per rank\n"
-            f"{'':<9}{self.travels} travel in {self.messages} messages: {sent}; busiest rank {spell_bytes(self.busiest)}"
-        )
+        lines = [
+            f"{self.name:<9}{spell_seconds(self.seconds)}  ({terms}), {spell_rate(self.flops_per_second)} per rank",
+            f"{'':<9}{self.travels} travel{_spell_sent(self.messages, self.bytes, self.busiest)}",
+        ]
+        if self.swap_messages:
+            sent = _spell_sent(self.swap_messages, self.swapped, self.swap_busiest)
+            lines.append(f"{'':<9}heads are swapped{sent}")
+        return "\n".join(lines)
 
     def _share(self, seconds: float) -> str:
         return f"{seconds / self.seconds:.0%}" if self.seconds else "0%"
+
+
+def spell_rate(flops_per_second: float) -> str:
+    """Three digits.
+
+    >>> spell_rate(6.48e14), spell_rate(0)
+    ('648 TFLOP/s', '0 FLOP/s')
+    """
+    number, _, prefix = spell_count(flops_per_second).partition(" ")
+    return f"{number} {prefix}FLOP/s"
+
+
+def _spell_sent(messages: int, sent: dict[str, int], busiest: int) -> str:
+    if not messages:
+        return ": nothing sent"
+    kinds = ", ".join(f"{spell_bytes(n)} {kind} nodes" for kind, n in sent.items() if n)
+    return f" in {messages} messages: {kinds}; busiest rank {spell_bytes(busiest)}"
 
 
 @dataclass(frozen=True)
@@ -98,8 +125,9 @@ class Model:
 
     @property
     def ring_per_node(self) -> int:
-        """Ranks of the ring in one node."""
-        return max(1, self.per_node // self.workload.degree)
+        """Ranks of the ring in one node; 1 where nodes hold no whole number of them."""
+        inside, left_over = divmod(self.per_node, self.workload.degree)
+        return 1 if left_over else inside
 
     def plans_of(self, plans: Sequence[Plan]) -> dict[str, Sequence[Plan]]:
         """The plans of each pass: the backward moves what takes fewer bytes, as the library does."""
@@ -111,16 +139,19 @@ class Model:
         machine, work, first = self.machine, self.workload, plans[0]
         per_token = work.keys if first.travels == "keys" else work.queries
         home = per_token.home if name == "backward" else 0
-        before, after = self.exchanged(name, plans)
+        swaps = [
+            self.links[self.swap_kind(len(plans))].seconds(sent) if sent else 0.0
+            for sent in self.exchanged(name, plans)
+        ]
         return Pace(
             per_cell=work.flops[name] * work.pairs_per_cell / self.rate(name).flops_per_second,
             bytes_per_token={"onward": per_token.onward * work.batch, "home": home * work.batch},
             links=tuple(Channel(x.latency, 1 / (x.bytes_per_second * x.attained)) for x in self.links),
-            link_of=partial(_link_of, self.ring_per_node),
+            link_of=partial(_link_of, self.per_node, work.degree),
             host=machine.step_overhead,
             runs_ahead=machine.runs_ahead,
-            before=self.links[self.swap_kind].seconds(before) if before else 0.0,
-            after=self.links[self.swap_kind].seconds(after) if after else 0.0,
+            before=swaps[0],
+            after=swaps[1],
         )
 
     @property
@@ -128,21 +159,32 @@ class Model:
         """In the order of ``KINDS``."""
         return self.machine.within, self.machine.between
 
-    @property
-    def swap_kind(self) -> int:
-        """The kind of link over which heads are swapped: within nodes, if these hold whole groups."""
-        return int(self.per_node % self.workload.degree != 0)
+    def swap_kind(self, ranks: int) -> int:
+        """The kind of link over which a ring of so many ranks swaps heads: within nodes, if each group is on one."""
+        ends = ((at * self.workload.degree, (at + 1) * self.workload.degree - 1) for at in range(ranks))
+        return int(any(first // self.per_node != last // self.per_node for first, last in ends))
 
     def rate(self, name: str) -> Rate:
+        """That of a pass; keys and values of different dims run at the rate of the dim between them."""
         work = self.workload
-        return self.machine.rate(name, (work.head_dim + work.value_dim) / 2, work.dtype)
+        mean = (work.head_dim + work.value_dim) / 2
+        rate = self.machine.rate(name, mean, work.dtype)
+        if work.head_dim == work.value_dim:
+            return rate
+        return replace(rate, source=f"assumed: as at head dim {mean:g} ({bare(rate.source)})")
 
     def exchanged(self, name: str, plans: Sequence[Plan]) -> tuple[int, int]:
         """Bytes that the fullest rank sends to those with which it shares heads, before and after the ring."""
-        degree, first = self.workload.degree, plans[0]
-        tokens = (-(-max(map(x.tokens, range(x.ranks)), default=0) // degree) for x in (first.queries, first.keys))
-        before, after = self.workload.exchanged(name, *tokens)
-        return before * (degree - 1), after * (degree - 1)
+        swaps = self.swaps(name, plans)
+        before, after = (max(int(swap[end].sum(axis=1).max()) for swap in swaps) for end in (0, 1))
+        return before, after
+
+    def swaps(self, name: str, plans: Sequence[Plan]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each rank of the ring: bytes that those who share its shard send each other (``Workload.exchanged``)."""
+        first, work = plans[0], self.workload
+        held = [(first.queries.tokens(rank), first.keys.tokens(rank)) for rank in range(len(plans))]
+        found = {pair: work.exchanged(name, *map(work.share, pair)) for pair in set(held)}
+        return [found[pair] for pair in held]
 
     def seconds(self, plans: Sequence[Plan]) -> float:
         """Of forward and backward together."""
@@ -158,9 +200,12 @@ class Model:
         sent = Counter[int]()
         kinds = dict.fromkeys(KINDS, 0)
         for span in spans:
+            if span.peer is None:
+                continue
             sent[span.rank] += span.bytes
-            between = self.swap_kind if span.peer is None else pace.link_of(span.rank, span.peer)
-            kinds[KINDS[between]] += span.bytes * degree
+            leaving = crossing(span.rank, span.peer, self.per_node, degree)
+            kinds["within"] += span.bytes * (degree - leaving)
+            kinds["between"] += span.bytes * leaving
         return Pass(
             name=name,
             travels=table.travels,
@@ -175,7 +220,22 @@ class Model:
             rate=self.rate(name).source,
             steps=_step_costs(spans),
             spans=tuple(spans),
+            **self._count_swaps(name, plans),
         )
+
+    def _count_swaps(self, name: str, plans: Sequence[Plan]) -> dict[str, Any]:
+        """Both swaps of all ranks: bytes by kind of link, those of the busiest rank, and messages; empty ones are not sent."""
+        degree, kinds, busiest, messages = self.workload.degree, dict.fromkeys(KINDS, 0), 0, 0
+        if degree == 1:
+            return {}
+        for rank, (before, after) in enumerate(self.swaps(name, plans)):
+            nodes = np.arange(rank * degree, (rank + 1) * degree) // self.per_node
+            both, leaving = before + after, nodes[:, None] != nodes
+            kinds["within"] += int(both[~leaving].sum())
+            kinds["between"] += int(both[leaving].sum())
+            busiest = max(busiest, int(both.sum(axis=1).max()))
+            messages += int((before > 0).sum() + (after > 0).sum())
+        return dict(swapped=kinds, swap_busiest=busiest, swap_messages=messages)
 
     def _swaps(self, name: str, plans: Sequence[Plan], pace: Pace, seconds: float) -> Iterator[Span]:
         """The swaps of heads for tokens around the ring, on every rank."""
@@ -185,9 +245,12 @@ class Model:
             yield Span(rank, "exchange", last, seconds - pace.after, seconds, "tokens for heads", sent[1])
 
 
-def _link_of(per_node: int, source: int, target: int) -> int:
-    """The number, in ``KINDS``, of the link between two ranks of the ring."""
-    return int(source // per_node != target // per_node)
+def _link_of(per_node: int, degree: int, source: int, target: int) -> int:
+    """The number, in ``KINDS``, of the link between two ranks of the ring.
+
+    Ranks that share a shard wait for each other in the swap, so the hop is between nodes if it is for any of them.
+    """
+    return int(crossing(source, target, per_node, degree) > 0)
 
 
 def ideal(pace: Pace) -> Pace:

@@ -167,7 +167,6 @@ def play(schedule: Schedule, pace: Pace, spans: list[Span] | None = None) -> flo
             clocks.compute(number, visit)
         for channel, hops in move.home if pace.bytes_per_token["home"] else ():
             clocks.send("home", number, channel, hops)
-        clocks.let_go(number, move)
     return max(max(clocks.now, default=0.0), clocks.last) + pace.after
 
 
@@ -175,22 +174,21 @@ class _Clocks:
     """How far each rank has come, and when its links and channels will be free."""
 
     def __init__(self, schedule: Schedule, pace: Pace, spans: list[Span] | None) -> None:
-        ranks, steps = schedule.ranks, len(schedule.moves)
+        ranks = schedule.ranks
         self.pace, self.spans, self.last = pace, spans, pace.before
         self.now = [pace.before] * ranks
         self.host = [pace.before] * ranks
-        self.due = [[0.0] * (max(steps, ranks) + 1) for _ in range(ranks)]  # [rank][step]: when what it uses is here
+        self.due: list[dict[int, float]] = [{} for _ in range(ranks)]  # [rank][step]: when what it awaits is done
         self.totals: list[dict[int, float]] = [{} for _ in range(ranks)]  # [rank][shard]: when its totals are here
-        self.left: list[list[float]] = [[0.0] * steps for _ in range(ranks)]  # [rank][step]: when home batches are done
         self.free_out = [[0.0] * ranks for _ in pace.links]
         self.free_in = [[0.0] * ranks for _ in pace.links]
         self.channels: defaultdict[int, list[float]] = defaultdict(lambda: [0.0] * ranks)
 
     def begin(self, number: int, move: Move) -> None:
-        """Every rank waits for what this step uses; the host issues the step."""
+        """Every rank waits for the batches that are due in this step; the host issues the step."""
         now, host, pace = self.now, self.host, self.pace
         for rank, due in enumerate(self.due):
-            now[rank] = max(now[rank], due[number])
+            now[rank] = max(now[rank], due.pop(number, 0.0))
         for rank in move.active:
             host[rank] += pace.host
             now[rank] = max(now[rank], host[rank]) if pace.runs_ahead else now[rank] + pace.host
@@ -221,24 +219,15 @@ class _Clocks:
         for rank, end in done.items():
             free[rank] = end
         self.last = max(self.last, *done.values())
-        self._remember(lane, number, hops, done)
+        self._remember(lane, hops, done)
 
-    def _remember(self, lane: Lane, number: int, hops: Sequence[Hop], done: dict[int, float]) -> None:
+    def _remember(self, lane: Lane, hops: Sequence[Hop], done: dict[int, float]) -> None:
         """When a batch is done decides over whoever awaits it: all of it, as one batch is awaited as a whole."""
         for source, target, shard, _, due in hops:
-            if lane == "onward":
-                for rank in (source, target):
-                    self.due[rank][due] = max(self.due[rank][due], done[rank])
-            else:
-                for rank in (source, target):
-                    self.left[rank][number] = max(self.left[rank][number], done[rank])
+            for rank in (source, target):
+                self.due[rank][due] = max(self.due[rank].get(due, 0.0), done[rank])
+            if lane == "home":  # a next visitor awaits it himself, once he has computed
                 self.totals[target][shard] = max(self.totals[target].get(shard, 0.0), done[target])
-
-    def let_go(self, number: int, move: Move) -> None:
-        """Buffers that left two steps ago are reused: their batches must be done."""
-        if number >= 2:
-            for rank in move.active:
-                self.now[rank] = max(self.now[rank], self.left[rank][number - 2])
 
 
 @lru_cache(maxsize=16)

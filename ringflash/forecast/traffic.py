@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 from ringflash.plan import Plan
@@ -37,6 +39,8 @@ class Traffic:
 
     def __str__(self) -> str:
         ours, ring, gather = self.ours, self.ring, self.gather
+        if not (ours.total or ring.total):
+            return "nothing is sent"
         line = (
             f"{spell_bytes(ours.total)} in {self.messages} messages, {_share(ours.total, ring.total)} of a plain ring "
             f"or an all-gather; busiest rank sends {spell_bytes(ours.sent)}, {_share(ours.sent, ring.sent)} of a plain ring's, "
@@ -50,11 +54,14 @@ class Traffic:
         return line
 
 
-def traffic(plans: Sequence[Plan], onward: int = 1, home: int = 0, *, ranks_per_node: int | None = None) -> Traffic:
+def traffic(
+    plans: Sequence[Plan], onward: int = 1, home: int = 0, *, ranks_per_node: int | None = None, degree: int = 1
+) -> Traffic:
     """Count what a complete set of plans sends, at ``onward`` bytes per token that travels and ``home`` per token of a total.
 
     The forward has nothing that comes home. ``Workload.keys`` and ``Workload.queries`` are such pairs of numbers. Ranks fill
-    nodes in order; ``ranks_per_node`` None puts all of them on one.
+    nodes in order; ``ranks_per_node`` None puts all of them on one. Where ``degree`` ranks share each shard (Ulysses), the
+    rings of all of them are counted, without the swaps of heads; ``sent`` and ``received`` stay those of one rank.
 
     >>> import ringflash as rf
     >>> traffic(rf.plans(rf.Sharding(4096, (0, 4), rf.full, "contiguous")), onward=2).ours
@@ -63,18 +70,33 @@ def traffic(plans: Sequence[Plan], onward: int = 1, home: int = 0, *, ranks_per_
     if not plans or [plan.rank for plan in plans] != list(range(plans[0].ranks)):
         raise ValueError(f"traffic: got plans of ranks {[p.rank for p in plans]}; one plan for every rank, in order")
     ranks = plans[0].ranks
-    per_node = ranks if ranks_per_node is None else ranks_per_node
-    if not isinstance(per_node, int) or per_node < 1:
-        raise ValueError(f"traffic: ranks_per_node is {per_node!r}; a whole number from 1 is needed")
+    per_node = ranks * degree if ranks_per_node is None else ranks_per_node
+    for name, value in (("ranks_per_node", per_node), ("degree", degree)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"traffic: {name} is {value!r}; a whole number from 1 is needed")
     tokens = [plans[0].moving.tokens(rank) for rank in range(ranks)]
     ours = list(_messages(plans, onward, home))
     return Traffic(
-        ours=_load(ours, per_node),
-        ring=_load(_plain_ring(tokens, onward, home), per_node),
-        gather=_load(_all_gather(tokens, onward, home), per_node),
-        messages=len(ours),
-        nodes=-(-ranks // per_node),
+        ours=_load(ours, per_node, degree),
+        ring=_load(_plain_ring(tokens, onward, home), per_node, degree),
+        gather=_load(_all_gather(tokens, onward, home), per_node, degree),
+        messages=len(ours) * degree,
+        nodes=-(-ranks * degree // per_node),
     )
+
+
+@lru_cache(maxsize=1 << 16)
+def crossing(source: int, target: int, per_node: int, degree: int = 1) -> int:
+    """Of the ``degree`` ranks that share each shard, how many leave their node on a hop between two ranks of the ring.
+
+    Rank l of those that share the shard of ring rank r is rank ``r * degree + l`` of all.
+
+    >>> [crossing(0, 1, per_node, degree=4) for per_node in (4, 6, 8)]
+    [4, 2, 0]
+    """
+    alike = gcd(per_node, degree)  # so many neighbours are always on one node
+    lanes = range(0, degree, alike)
+    return alike * sum((source * degree + at) // per_node != (target * degree + at) // per_node for at in lanes)
 
 
 Sent = tuple[int, int, int]
@@ -108,15 +130,17 @@ def _all_gather(tokens: Sequence[int], onward: int, home: int) -> Iterator[Sent]
                 yield other, owner, count * home
 
 
-def _load(messages: Iterator[Sent] | Sequence[Sent], per_node: int) -> Load:
+def _load(messages: Iterator[Sent] | Sequence[Sent], per_node: int, degree: int) -> Load:
     sent, received, between = Counter[int](), Counter[int](), 0
     for source, target, count in messages:
         sent[source] += count
         received[target] += count
-        between += count * (source // per_node != target // per_node)
-    return Load(sent.total(), max(sent.values(), default=0), max(received.values(), default=0), between)
+        between += count * crossing(source, target, per_node, degree)
+    return Load(sent.total() * degree, max(sent.values(), default=0), max(received.values(), default=0), between)
 
 
 def _share(ours: int, theirs: int) -> str:
-    share = ours / theirs if theirs else 1.0
+    if not theirs:
+        return "-"
+    share = ours / theirs
     return f"{share:.2f}" if share >= 0.1 else f"{share:.2g}"

@@ -6,8 +6,12 @@ delta of all query heads. Gradients come home in the accumulation dtype: float32
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd
+
+import numpy as np
 
 from ringflash.plan import Cost
 
@@ -35,7 +39,7 @@ class Workload:
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "head_dim", "value_dim", "batch", "degree"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"estimate: {name} is {value!r}; a whole number from 1 is needed")
         if self.dtype not in ITEMSIZE:
             raise ValueError(f"estimate: dtype is {self.dtype!r}; accepted are {', '.join(ITEMSIZE)}")
@@ -91,18 +95,29 @@ class Workload:
         """Batch rows that one counted cell stands for: plans count the cells of all rows that their mask tells apart."""
         return self.batch / self.rows
 
-    def exchanged(self, phase: str, query_tokens: int, key_tokens: int) -> tuple[int, int]:
-        """Bytes that a rank with so many tokens sends to each other of its ``degree``, before and after the ring."""
-        if self.degree == 1:
-            return 0, 0
-        heads, group, d, dv = self.local_heads, self.heads // self.kv_heads, self.head_dim, self.value_dim
-        kv_heads = max((at + heads - 1) // group - at // group + 1 for at in range(0, self.heads, heads))  # each once
-        keys, queries = kv_heads * (d + dv), heads * d
+    def exchanged(
+        self, phase: str, query_tokens: Sequence[int], key_tokens: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes that the ranks of one shard send each other before and after the ring, int64 ``[source, target]`` each.
+
+        They hold so many of the shard's tokens. Each gets the query heads of its block, and every key head that these need
+        once; dq comes back in the dtype of q, dk and dv, which are sums, in the accumulation dtype.
+        """
+        at, block, group = np.arange(self.degree) * self.local_heads, self.local_heads, self.heads // self.kv_heads
+        kv_heads = (at + block - 1) // group - at // group + 1
+        d, dv, narrow, wide = self.head_dim, self.value_dim, self.itemsize, self.wide
         if phase == "forward":
-            before = (query_tokens * queries + key_tokens * keys) * self.itemsize
-            after = query_tokens * heads * (dv * self.itemsize + self.wide)  # out and lse
+            there, back, key_back = d * narrow, dv * narrow + wide, 0  # q; out and lse; nothing
         else:
-            rows = heads * ((d + dv) * self.itemsize + 2 * self.wide)  # q, dout, lse, delta
-            before = query_tokens * rows + key_tokens * keys * self.itemsize
-            after = (query_tokens * queries + key_tokens * keys) * self.wide
-        return self.batch * before, self.batch * after
+            there = (d + dv) * narrow + 2 * wide  # q, dout, lse, delta
+            back, key_back = d * narrow, (d + dv) * wide  # dq; dk and dv
+        queries, keys = (np.asarray(tokens, dtype=np.int64) * self.batch for tokens in (query_tokens, key_tokens))
+        before = (queries * block * there)[:, None] + np.outer(keys * (d + dv) * narrow, kv_heads)
+        after = (queries * block * back)[None] + np.outer(kv_heads, keys * key_back)
+        others = ~np.eye(self.degree, dtype=bool)
+        return before * others, after * others
+
+    def share(self, tokens: int) -> list[int]:
+        """How many of a shard's tokens each of the ranks holds that share it: neighbours, cut as ``Layout.split`` does."""
+        cuts = [i * tokens // self.degree for i in range(self.degree + 1)]
+        return [b - a for a, b in pairwise(cuts)]

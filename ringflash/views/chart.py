@@ -19,7 +19,7 @@ from ringflash.plan import Plan
 from ringflash.units import spell_seconds
 
 if TYPE_CHECKING:
-    from ringflash.forecast.cost import Pass
+    from ringflash.forecast.cost import Pass, Span
 
 WAITING = ("#fbe3df", "#c0392b")
 """Face and hatch of time in which a rank computes nothing."""
@@ -101,23 +101,26 @@ class Palette:
         return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
-def chart_of_pass(phase: Pass, plans: Sequence[Plan]) -> Chart:
-    """The spans of one modelled pass, in seconds. ``plans`` say which shard a rank meets in a step."""
-    turned = [plan if plan.travels == phase.travels else plan.turned for plan in plans]
-    met = {(plan.rank, meeting.step): meeting.shard for plan in turned for meeting in plan.meetings}
+def chart_of_pass(phase: Pass, ranks: int) -> Chart:
+    """The spans of one modelled pass on rings of ``ranks``, in seconds; the shard is that of their labels."""
     unit, scale = next(
         (unit, scale)
         for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6))
         if scale * phase.seconds >= 1 or unit == "us"
     )
     bars = tuple(
-        Bar(span.rank, span.lane, scale * span.start, scale * span.end, met.get((span.rank, span.step), span.rank))
-        for span in phase.spans
+        Bar(span.rank, span.lane, scale * span.start, scale * span.end, _shard_of(span)) for span in phase.spans
     )
     computed = sum(bar.end - bar.start for bar in bars if bar.lane == "compute")
-    busy = computed / max(scale * len(plans) * phase.seconds, 1e-30)
+    busy = computed / max(scale * ranks * phase.seconds, 1e-30)
     title = f"{phase.name}: {spell_seconds(phase.seconds)}, the {phase.travels} travel\nranks compute {busy:.0%} of it"
-    return Chart(title, unit, len(plans), scale * phase.seconds, bars)
+    return Chart(title, unit, ranks, scale * phase.seconds, bars)
+
+
+def _shard_of(span: Span) -> int:
+    """The shard of a visit or a message ("shard 3 to rank 1"); a rank's own where heads are swapped for tokens."""
+    kind, *rest = span.label.split()
+    return int(rest[0]) if kind == "shard" else span.rank
 
 
 def chart_of_work(plans: Sequence[Plan]) -> Chart:

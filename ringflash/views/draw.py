@@ -15,17 +15,19 @@ import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ringflash.layout import LAYOUTS, Layout
+from ringflash.forecast.cost import Estimate
+from ringflash.layout import Layout
 from ringflash.plan import Plan
 from ringflash.units import spell_tokens
 from ringflash.views.chart import MESSAGES, WAITING, Chart, Palette, chart_of_pass, chart_of_work, draw_chart
+from ringflash.views.reading import read_path
 
-if TYPE_CHECKING:
-    from ringflash.forecast.cost import Estimate
+PICTURES = (".svg", ".png", ".pdf")
+"""The formats that are drawn, by the suffix of the file."""
 
 _SAMPLES = 640  # cells of the matrix along each side, at most
 _MANY = 8  # with more ranks charts stand side by side
@@ -37,24 +39,23 @@ def draw(plans: Sequence[Plan], path: str | PathLike[str], estimate: Estimate | 
     """Draw a complete set of plans (``rf.plans(s)``) into ``path``; its suffix chooses the format (svg, png, pdf).
 
     ``estimate`` (``rf.estimate(plans, ...)`` of the same plans) draws seconds instead of steps.
-    Needs matplotlib (``pip install ringflash[draw]``); raises ``ImportError`` with that sentence if it is missing.
+    Needs matplotlib (``pip install ringflash[draw]``); raises ``ImportError`` with that sentence if it is missing, and
+    ``ValueError`` or ``TypeError`` for a path or an estimate that does not fit, before anything is drawn.
     """
+    file = read_path(path, PICTURES, "draw: path")
+    _check(plans, estimate)
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("draw: matplotlib is needed; pip install 'ringflash[draw]'") from None
-    if [p.rank for p in plans] != list(range(plans[0].ranks if plans else 1)):
-        raise ValueError(
-            f"draw: got plans of ranks {[p.rank for p in plans]}; one plan for every rank, as of rf.plans(s)"
-        )
     first = plans[0]
     palette = Palette(first.ranks)
     if estimate is None:
         charts = [chart_of_work(plans)]
     else:
-        charts = [chart_of_pass(phase, plans) for phase in (estimate.forward, estimate.backward)]
+        charts = [chart_of_pass(phase, first.ranks) for phase in (estimate.forward, estimate.backward)]
     with rc_context({"hatch.linewidth": 0.7, "svg.hashsalt": "ringflash"}):
         figure = Figure(figsize=_size(first.ranks, len(charts)), layout="constrained")
         FigureCanvasAgg(figure)
@@ -66,7 +67,31 @@ def draw(plans: Sequence[Plan], path: str | PathLike[str], estimate: Estimate | 
         if first.ranks > palette.named:
             _draw_scale(matrix.figure, matrix, palette)
         figure.suptitle(_title(first, estimate), fontsize=12)
-        figure.savefig(path, dpi=160)
+        figure.savefig(file, dpi=160)
+
+
+def _check(plans: Sequence[Plan], estimate: Estimate | None) -> None:
+    """Are these the plans of all ranks, and is the estimate one of them?"""
+    if not isinstance(plans, Sequence) or not all(isinstance(p, Plan) for p in plans):
+        raise TypeError(
+            f"draw: plans is a {type(plans).__name__}; a list of the plans of all ranks is needed, rf.plans(s)"
+        )
+    if [p.rank for p in plans] != list(range(plans[0].ranks if plans else 1)):
+        raise ValueError(
+            f"draw: got plans of ranks {[p.rank for p in plans]}; one plan for every rank, as of rf.plans(s)"
+        )
+    if estimate is None:
+        return
+    if not isinstance(estimate, Estimate):
+        raise TypeError(
+            f"draw: estimate is {estimate!r}; an estimate of the same plans is needed, rf.estimate(plans, ...)"
+        )
+    first = plans[0]
+    if first.problem[:-1] != estimate.problem[:-1]:
+        raise ValueError(
+            f"draw: the estimate is of other plans, of {estimate.tokens} tokens on {estimate.ranks} ranks; the plans are of "
+            f"{first.queries.length} tokens on {first.ranks} ranks, {first.mask}, {first.route}"
+        )
 
 
 def _size(ranks: int, charts: int) -> tuple[float, float]:
@@ -85,7 +110,7 @@ def _panels(figure: Any, ranks: int, charts: int) -> tuple[Any, list[Any]]:
 
 
 def _title(first: Plan, estimate: Estimate | None) -> str:
-    layout = f", {_name(first.queries)} layout" if _name(first.queries) else ""
+    layout = f", {first.queries.name} layout" if first.queries.name else ""
     ranks = f"{first.ranks} ranks"
     if estimate is not None and estimate.ranks != first.ranks:
         ranks = f"{estimate.ranks} ranks in rings of {first.ranks}"
@@ -96,12 +121,6 @@ def _title(first: Plan, estimate: Estimate | None) -> str:
     if estimate is not None:
         lines.append(f"a model of {estimate.hardware.name}, not a measurement; limit: {estimate.limit}")
     return "\n".join(lines)
-
-
-def _name(layout: Layout) -> str:
-    """What the layout is called: by itself, or by the function that places every position alike."""
-    alike = (name for name, make in LAYOUTS.items() if make(layout.length, layout.ranks) == layout)
-    return layout.name or next(alike, "")
 
 
 def _draw_matrix(axes: Any, plan: Plan, palette: Palette) -> None:
@@ -115,9 +134,9 @@ def _draw_matrix(axes: Any, plan: Plan, palette: Palette) -> None:
     _draw_strip(left, queries, _holders(plan.queries, queries), palette, upright=True)
     top = axes.inset_axes([0, 1.015, 1, 0.045])
     _draw_strip(top, keys, _holders(plan.keys, keys), palette, upright=False)
-    rows, columns = (np.linspace(0, n, 5) for n in (length, width))
-    left.set_yticks(rows, [spell_tokens(round(x)) for x in rows], fontsize=9)
-    axes.set_xticks(columns, [spell_tokens(round(x)) for x in columns], fontsize=9)
+    rows, columns = (choose_ticks(n) for n in (length, width))
+    left.set_yticks(rows, [*map(spell_tokens, rows)], fontsize=9)
+    axes.set_xticks(columns, [*map(spell_tokens, columns)], fontsize=9)
     left.set_ylabel("query position", fontsize=10)
     axes.set_xlabel("key position", fontsize=10)
     row = " (batch row 0)" if plan.mask.rows > 1 else ""
@@ -125,6 +144,15 @@ def _draw_matrix(axes: Any, plan: Plan, palette: Palette) -> None:
         f"who computes what{row}\nfull colour: {plan.travels} at home; pale: {plan.travels} that travelled", fontsize=10
     )
     _draw_detail(axes, plan, palette)
+
+
+def choose_ticks(length: int) -> list[int]:
+    """Positions that are written along an axis: the ends and what lies between, none twice.
+
+    >>> choose_ticks(4096), choose_ticks(2), choose_ticks(0)
+    ([0, 1024, 2048, 3072, 4096], [0, 1, 2], [0])
+    """
+    return sorted({round(length * quarter / 4) for quarter in range(5)})
 
 
 def _paint(axes: Any, plan: Plan, palette: Palette, queries: np.ndarray, keys: np.ndarray) -> None:

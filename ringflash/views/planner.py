@@ -3,37 +3,49 @@
 A question is what somebody knows before a run: length, ranks, mask, shapes of the heads, machine. The answer compares what
 the library would do with other layouts, routes and divisions of the heads:
 
-      layout         area max/mean   forward   backward   together   most sent
-    * zigzag                  1.00   42.3 ms     101 ms     143 ms    1.20 GiB    * what was asked for, or "auto" chose
-      contiguous              1.98   80.1 ms     190 ms     270 ms    1.20 GiB
+      layout         area max/mean   steps max/mean   forward   backward   together   most sent
+    * zigzag                  1.00             1.00   42.3 ms     101 ms     143 ms    1.20 GiB    * what was asked for,
+      contiguous              1.98             1.99   80.1 ms     190 ms     270 ms    1.20 GiB      or "auto" chose
 
 All times are modelled (``cost.py``); nothing is sent, and no device is touched. ``report.py`` writes it down.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from ringflash.auto import choose_route
-from ringflash.forecast.cost import Estimate, estimate
+from ringflash.forecast.advice import more_ranks
+from ringflash.forecast.cost import _WORTH, Estimate, estimate
 from ringflash.forecast.hardware import Hardware, load_hardware
+from ringflash.forecast.holding import in_flight
 from ringflash.forecast.model import Model
-from ringflash.forecast.timeline import play, schedule
+from ringflash.forecast.timeline import Lane, Schedule, play, schedule
 from ringflash.forecast.workload import Workload
 from ringflash.layout import LAYOUTS
 from ringflash.mask import Mask, causal
 from ringflash.plan import Plan
 from ringflash.route import ROUTES, Route, double_ring
 from ringflash.shard import Sharding, plans
+from ringflash.units import spell_tokens
 
-_WORTH = 1.02  # a recommendation has to gain this much
-_FEW = 32  # ranks up to which twice as many are planned, too
+LONGEST = 64 << 20
+"""Tokens up to which plans are made: their cells are counted position by position."""
+
+_LANES: tuple[Lane, ...] = ("onward", "home")
 
 ROUTE_NAMES = ("auto", *ROUTES, "double_ring")
 LAYOUT_NAMES = ("auto", *LAYOUTS, "balanced")
+
+
+class Flight(NamedTuple):
+    """What a rank holds of others at most: parts and totals, in the keys and the gradients of the tokens of one rank."""
+
+    parts: float
+    totals: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,10 @@ class Question:
     hardware: str | Hardware = "h100"
     ranks_per_node: int | None = None
     ulysses: int = 1
+    spelling: str = field(default="", compare=False)
+    """The mask as it was asked for, in Python, where that is known; ``offsets`` stands for the cumulative lengths in
+    ``offsets_from``."""
+    offsets_from: str = field(default="", compare=False)
 
     machine: Hardware = field(init=False, compare=False, repr=False)
     model: Model = field(init=False, compare=False, repr=False)
@@ -65,9 +81,16 @@ class Question:
     """The sharding of rank 0."""
 
     def __post_init__(self) -> None:
+        if self.length > LONGEST:
+            raise ValueError(
+                f"length is {spell_tokens(self.length)} tokens; plans count position by position, up to "
+                f"{spell_tokens(LONGEST)} tokens"
+            )
         object.__setattr__(self, "machine", load_hardware(self.hardware))
+        if type(self.per_node) is not int or self.per_node < 1:
+            raise ValueError(f"ranks_per_node is {self.per_node!r}; a whole number from 1 is needed")
         object.__setattr__(self, "model", Model(self.machine, self._workload, self.per_node))
-        s = Sharding(self.length, (0, self.ranks), self.mask, self.layout, heads_axis=self.ulysses)
+        s = Sharding(self.length, (0, self.ranks), self.mask, self.layout, "ring", heads_axis=self.ulysses)
         object.__setattr__(self, "sharding", replace(s, layout=s.layout, route=self._settle_route(s)))
 
     @cached_property
@@ -89,6 +112,20 @@ class Question:
             ranks_per_node=self.per_node,
         )
 
+    @cached_property
+    def in_flight(self) -> Flight:
+        """In the backward, on the rank and in the step where both together are most; in the half precision of training."""
+        work = replace(self._workload, dtype="bfloat16")
+        whole, held = replace(work, degree=1).keys, max(1, -(-self.length // self.ranks))
+        found = [Flight(0.0, 0.0)]
+        for plan in self.model.plans_of(self.plans)["backward"]:
+            onward, home = work.keys if plan.travels == "keys" else work.queries
+            for now in in_flight(plan):
+                found.append(
+                    Flight(now.parts * onward / (whole.onward * held), now.totals * home / (whole.home * held))
+                )
+        return max(found, key=lambda flight: flight.parts * whole.onward + flight.totals * whole.home)
+
     @property
     def per_node(self) -> int:
         """Ranks of a node."""
@@ -96,9 +133,9 @@ class Question:
 
     @property
     def nodes(self) -> int:
-        """Nodes over which every ring is spread evenly; 1 if there is no such number."""
-        rings, within = self.ranks // self.ulysses, max(1, self.per_node // self.ulysses)
-        return rings // within if rings % within == 0 else 1
+        """Nodes over which every ring is spread evenly, as a sharding counts them that a launcher starts; 1 if unevenly."""
+        nodes = self.ranks // self.per_node if self.ranks % self.per_node == 0 else 1
+        return nodes if self.ranks // self.ulysses % nodes == 0 else 1
 
     @property
     def layout_name(self) -> str:
@@ -124,10 +161,13 @@ class Question:
         if self.route != "double_ring":
             return self.route
         if self.nodes == 1:
-            raise ValueError(
-                f"route is 'double_ring', for rings over several nodes; {self.ranks} ranks, {self.per_node} to a node and "
-                f"{self.ulysses} to a shard, are a ring in one node"
-            )
+            if self.ranks <= self.per_node:
+                why = f"{self.ranks} ranks, {self.per_node} to a node, are in one node"
+            elif self.ranks % self.per_node:
+                why = f"{self.ranks} ranks do not fill nodes of {self.per_node} evenly"
+            else:
+                why = f"shards of {self.ulysses} ranks do not fill nodes of {self.per_node} ranks evenly"
+            raise ValueError(f"route is 'double_ring', for rings that are spread evenly over several nodes; {why}")
         return double_ring(self.nodes, s.ring_ranks // self.nodes)
 
 
@@ -141,10 +181,14 @@ class Candidate:
     ulysses: int
     area: float
     """Visible cells of the fullest rank over the mean."""
+    steps: float
+    """Cells of the longest visit of each step, added up, over the cells of the mean rank: 1 if nobody ever waits."""
     forward: float
     backward: float
     sent: int
-    """Bytes that the busiest rank sends in both passes."""
+    """Bytes that the busiest rank sends in its ring in both passes."""
+    swapped: int
+    """Bytes that it swaps, besides, with those who share its shard (Ulysses)."""
     chosen: bool
 
     @property
@@ -183,7 +227,8 @@ class Answer:
     def sizes(self) -> list[Candidate]:
         """Twice as many ranks, where they are planned in little time."""
         asked = self.question
-        return self._weigh([replace(asked, ranks=2 * asked.ranks)] if asked.ranks <= _FEW else [])
+        quick = any(more_ranks(asked.plans, asked.ulysses))
+        return self._weigh([replace(asked, ranks=2 * asked.ranks)] if quick else [])
 
     def _weigh(self, others: Iterable[Question]) -> list[Candidate]:
         """What was asked for, and other ways; none twice."""
@@ -202,26 +247,50 @@ class Answer:
         return fastest if fastest.seconds * _WORTH <= self.asked.seconds else self.asked
 
 
+class Sent(NamedTuple):
+    """What one rank sends in one pass: bytes and messages in its ring, and bytes swapped around it (Ulysses)."""
+
+    ring: int
+    messages: int
+    swap: int
+
+
+def count_sent(model: Model, name: str, plans: Sequence[Plan], table: Schedule) -> list[Sent]:
+    """What each rank of a ring sends in the pass of that name, given its plans and their schedule.
+
+    Of several that share a shard, the one that swaps most.
+    """
+    swapped = (int((before + after).sum(axis=1).max()) for before, after in model.swaps(name, plans))
+    sent = [Sent(0, 0, swap) for swap in swapped]
+    widths = model.pace(name, plans).bytes_per_token
+    for hops, width in ((table.hops(lane), widths[lane]) for lane in _LANES):
+        for hop in hops if width else ():
+            before = sent[hop.source]
+            sent[hop.source] = before._replace(ring=before.ring + hop.tokens * width, messages=before.messages + 1)
+    return sent
+
+
 def _candidate(question: Question, chosen: bool) -> Candidate:
     """Both passes played, without any detail."""
-    model, cells = question.model, [0]
-    seconds, sent = {}, Counter[int]()
-    for name, of in model.plans_of(question.plans).items():
-        table, pace = schedule(of), model.pace(name, of)
-        seconds[name] = play(table, pace)
-        cells = table.cells()
-        sent.update({rank: sum(model.exchanged(name, of)) for rank in range(len(of))})
-        for hops, lane in ((table.hops("onward"), "onward"), (table.hops("home"), "home")):
-            for hop in hops:
-                sent[hop.source] += hop.tokens * pace.bytes_per_token[lane]
+    model = question.model
+    passes = model.plans_of(question.plans)
+    tables = {name: schedule(of) for name, of in passes.items()}
+    seconds = {name: play(tables[name], model.pace(name, of)) for name, of in passes.items()}
+    sent = [count_sent(model, name, of, tables[name]) for name, of in passes.items()]
+    cells = tables["forward"].cells()
+    mean = max(1, sum(cells)) / len(cells)
+    longest = sum(max((visit.cells for visit in move.visits), default=0) for move in tables["forward"].moves)
+    busiest = max(zip(*sent, strict=True), key=lambda passes: sum(of.ring for of in passes))
     return Candidate(
         ranks=question.ranks,
         layout=question.layout_name,
         route=str(question.sharding.route),
         ulysses=question.ulysses,
-        area=max(cells) * len(cells) / max(1, sum(cells)),
+        area=max(cells) / mean,
+        steps=longest / mean,
         forward=seconds["forward"],
         backward=seconds["backward"],
-        sent=max(sent.values()),
+        sent=sum(of.ring for of in busiest),
+        swapped=sum(of.swap for of in busiest),
         chosen=chosen,
     )

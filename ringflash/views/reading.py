@@ -1,4 +1,4 @@
-"""Masks and documents in words that fit on a command line, and in files.
+"""Masks, documents and paths in words that fit on a command line, and in files.
 
     "causal & window(4095, 0)"        a mask: the names and calls of the mask algebra, joined by &
     lengths.txt                       packed documents: one length each, separated by white space or commas
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from os import PathLike, fspath
 from pathlib import Path
@@ -58,6 +58,29 @@ def _read_term(node: ast.expr, text: str) -> Mask:
     raise ValueError(f"mask is {_brief(text)}; {_brief(ast.unparse(node))} is no mask; a mask is {_GRAMMAR}")
 
 
+def spell_mask(text: str) -> str:
+    """The mask that ``text`` spells, which ``read_mask`` has accepted, as Python that makes it.
+
+    >>> spell_mask("causal&window(4095,None)")
+    'rf.causal & rf.window(4095, None)'
+    """
+    words = "|".join([*_NAMES, *_CALLS])
+    return re.sub(rf"\b({words})\b", r"rf.\1", ast.unparse(ast.parse(text.strip(), mode="eval")))
+
+
+def read_path(path: str | PathLike[str], suffixes: Sequence[str], where: str = "path") -> Path:
+    """A file that can be written, by its suffix; raises ``TypeError`` or ``ValueError`` with the ``suffixes`` accepted."""
+    accepted = f"a file name that ends in {' or '.join(suffixes)} is needed"
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"{where} is {path!r}; {accepted}")
+    file = Path(path)
+    if file.suffix.lower() not in suffixes:
+        raise ValueError(f"{where} is {_brief(fspath(path))}; {accepted}")
+    if file.is_dir():
+        raise ValueError(f"{where} is {_brief(fspath(path))}, a folder; {accepted}")
+    return file
+
+
 def read_documents(path: str | PathLike[str], length: int | None = None) -> tuple[int, ...]:
     """The offsets of packed documents, from a file of their lengths (``2048``, ``2K``; ``#`` starts a comment).
 
@@ -66,7 +89,7 @@ def read_documents(path: str | PathLike[str], length: int | None = None) -> tupl
     """
     name = fspath(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"documents: {name} is no text; a file of document lengths is needed") from None
     lengths = []

@@ -17,11 +17,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ringflash.forecast.cost import Estimate, Pass, Span
+from ringflash.forecast.cost import Estimate, Pass, Span
+from ringflash.views.reading import read_path
+
+TIMELINES = (".json",)
+"""The suffixes of a trace."""
 
 LANES = ("compute", "exchange", "onward", "home")
 """The threads of a rank, from top to bottom."""
@@ -33,7 +35,15 @@ Event = dict[str, Any]
 
 
 def trace(estimate: Estimate, path: str | PathLike[str]) -> None:
-    """Write ``estimate`` as a trace into ``path`` (JSON): open it in Perfetto. It is a model, and is labelled as one."""
+    """Write ``estimate`` as a trace into ``path`` (JSON): open it in Perfetto. It is a model, and is labelled as one.
+
+    Raises ``TypeError`` or ``ValueError`` for another thing than an estimate, or a path that does not end in .json.
+    """
+    if not isinstance(estimate, Estimate):
+        raise TypeError(
+            f"trace: estimate is a {type(estimate).__name__}; an estimate is needed, rf.estimate(plans, ...)"
+        )
+    file = read_path(path, TIMELINES, "trace: path")
     events: list[Event] = []
     start = 0
     for phase in (estimate.forward, estimate.backward):
@@ -49,7 +59,7 @@ def trace(estimate: Estimate, path: str | PathLike[str]) -> None:
             **{f"{phase.name}_seconds": phase.seconds for phase in (estimate.forward, estimate.backward)},
         },
     }
-    Path(path).write_text(json.dumps(document, separators=(",", ":")))
+    file.write_text(json.dumps(document, separators=(",", ":"), allow_nan=False))
 
 
 def _bars(phase: Pass, start: int) -> Iterator[Event]:
