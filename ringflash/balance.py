@@ -19,16 +19,15 @@ their mean, so the last ranks do not pay for the first.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ringflash.layout import Layout, _solid, contiguous
+from ringflash.layout import Layout, contiguous, solid
 from ringflash.mask import Mask
 
 
@@ -51,10 +50,10 @@ def balanced(length: int, ranks: int, mask: Mask, slack: float = 0.05) -> Layout
         return neighbours
     cells = _Cells.of(mask, length, 0, length)
     most = int(cells.total[-1] * (1 + slack)) // ranks
-    shares = _Dealer(offsets, cells.counter()).deal(length, ranks, most)
+    shares = _Dealer(offsets, cells).deal(length, ranks, most)
     dealt = _layout(shares)
     busiest = max(sum(piece.area for piece in share) for share in shares)
-    if areas(neighbours, mask).max() > max(most, busiest):
+    if np.diff(cells.before(np.arange(ranks + 1) * length // ranks)).max() > max(most, busiest):
         return dealt
     return min(neighbours, dealt, key=lambda layout: _foreign(layout, mask).sum())
 
@@ -87,19 +86,24 @@ def _layout(shares: list[list[_Piece]]) -> Layout:
     """Ranks in the order of the rows that they work on most: those that share a document are neighbours."""
     order = sorted(shares, key=lambda share: max(((x.area, x.start) for x in share), default=(0, 0))[1])
     spans = [sorted((x.start, x.stop) for x in share) for share in order]
-    return Layout(tuple(_solid(*(range(*span) for span in mine)) for mine in spans))
+    return Layout(tuple(solid(*(range(*span) for span in mine)) for mine in spans))
 
 
 class _Dealer:
     """Deals out documents rank by rank. ``pool`` holds what is left, from the lightest rows to the heaviest.
 
-    ``area``, ``room`` and ``share`` are of the rank that is being filled: its cells, the tokens it lacks, and its pieces;
-    ``rest`` is what it left of the document that it cut.
+    ``rows[i]`` and ``cells[i]`` sum up its first ``i`` pieces, from any origin, as far as anybody asked: few are summed up
+    twice, since mostly heavy ones go and light ones count. ``area``, ``room`` and ``share`` are of the rank that is being
+    filled: its cells, the tokens it lacks, and its pieces; ``rest`` is what it left of the document that it cut.
     """
 
-    def __init__(self, offsets: tuple[int, ...], before: Callable[[int], int]) -> None:
-        self.before = before
-        self.pool = sorted(self.piece(a, b, a) for a, b in pairwise(offsets) if a < b)
+    def __init__(self, offsets: tuple[int, ...], cells: _Cells) -> None:
+        edges = np.unique(offsets)
+        start, stop, area = edges[:-1], edges[1:], np.diff(cells.before(edges))
+        density = area / (stop - start)
+        order = np.lexsort((start, density))
+        self.pool = list(map(_Piece, *(x[order].tolist() for x in (density, start, stop, area, start))))
+        self.before, self.rows, self.cells = cells.counter(), [0], [0]
 
     def deal(self, length: int, ranks: int, most: int) -> list[list[_Piece]]:
         """The pieces of each rank, with at most ``most`` cells and one row if rows do not shrink along a document."""
@@ -110,7 +114,7 @@ class _Dealer:
             kept = self.pool.copy()
             self.fill(tokens, least, most, packing=True)
             if not least <= self.area <= most:
-                self.pool = kept
+                self.pool, self.rows, self.cells = kept, [0], [0]
                 self.fill(tokens, least, most, packing=False)
             left -= self.area
             shares.append(self.share)
@@ -124,61 +128,63 @@ class _Dealer:
         the heaviest rows of the pool there is always a mixture that has its mean.
         """
         self.area, self.room, self.share, self.rest = 0, tokens, list[_Piece](), list[_Piece]()
-        enough = max(least, most - most // 128)
         while self.room:
-            light, heaviest = self.light(), len(self.pool) - 1
-            packs = packing and self.share
-            if packs and self.area + light(self.room) >= enough:
+            packs, tight = packing and self.share, len(self.pool)
+            if packs and self.area + self.light(self.room) >= max(least, most - most // 128):
                 break
-            tight = heaviest + 1 if self.fits(self.pool[-1], light, most) else self.tight(light, most)
-            if tight > heaviest or (packs and tight > 0):
-                self.hold(self.pool.pop(tight - 1))
+            if not self.fits(self.pool[-1], most):
+                tight = bisect_left(self.pool, True, key=lambda piece: not self.fits(piece, most))
+            if tight == len(self.pool) or (packs and tight > 0):
+                self.hold(self.take(tight - 1))
                 continue
-            if not packs:
-                self.cut(heaviest, least, most)
-            elif self.area + light(self.room) < least:
-                self.cut(tight, least, most)
+            if not packs or self.area + self.light(self.room) < least:
+                self.cut(tight if packs else len(self.pool) - 1, least, most)
             break
         self.top_up(least, most)
 
-    def light(self) -> Callable[[int], int]:
-        """The area of so many rows, the lightest first: up to ``room`` rows, or all there are."""
-        rows, cells, starts = [0], [0], []
-        for piece in self.pool:
-            rows.append(rows[-1] + piece.rows)
-            cells.append(cells[-1] + piece.area)
-            starts.append((piece.start, self.before(piece.start)))
-            if rows[-1] >= self.room:
-                break
+    def take(self, index: int) -> _Piece:
+        del self.rows[index + 1 :], self.cells[index + 1 :]
+        return self.pool.pop(index)
 
-        def of(wanted: int) -> int:
-            i = bisect_right(rows, wanted) - 1
-            if i == len(starts):
-                return cells[-1]
-            start, before = starts[i]
-            return cells[i] + self.before(start + wanted - rows[i]) - before
+    def put(self, pieces: list[_Piece]) -> None:
+        for piece in pieces:
+            index = bisect_left(self.pool, piece)
+            del self.rows[index + 1 :], self.cells[index + 1 :]
+            self.pool.insert(index, piece)
 
-        return of
+    def whole(self, wanted: int) -> int:
+        """How many of the lightest pieces together have at most ``wanted`` rows."""
+        rows, cells, wanted = self.rows, self.cells, wanted + self.rows[0]
+        while rows[-1] < wanted and len(rows) <= len(self.pool):
+            _, start, stop, area, _ = self.pool[len(rows) - 1]
+            rows.append(rows[-1] + stop - start)
+            cells.append(cells[-1] + area)
+        return bisect_right(rows, wanted) - 1
 
-    def fits(self, piece: _Piece, light: Callable[[int], int], most: int) -> bool:
+    def light(self, wanted: int) -> int:
+        """The area of ``wanted`` rows, the lightest first, or of all there are."""
+        whole = self.whole(wanted)
+        light, more = self.cells[whole] - self.cells[0], wanted + self.rows[0] - self.rows[whole]
+        if not more or whole == len(self.pool):
+            return light
+        start = self.pool[whole].start
+        return light + self.before(start + more) - self.before(start)
+
+    def fits(self, piece: _Piece, most: int) -> bool:
         """Fits ``piece`` into this rank whole, beside the lightest rows?"""
-        return piece.rows <= self.room and self.area + piece.area + light(self.room - piece.rows) <= most
-
-    def tight(self, light: Callable[[int], int], most: int) -> int:
-        """Where in the pool the pieces begin that do not fit."""
-        return bisect_left(self.pool, True, key=lambda piece: not self.fits(piece, light, most))
+        return piece.rows <= self.room and self.area + piece.area + self.light(self.room - piece.rows) <= most
 
     def cut(self, index: int, least: int, most: int) -> None:
         """Take as many of the last rows of a piece as leave area for the lightest rows of others beside them."""
-        piece = self.pool.pop(index)
-        light, others = self.light(), sum(other.rows for other in self.pool)
-        begin, end = self.before(piece.start), self.before(piece.stop)
+        piece = self.take(index)
+        self.whole(self.room)
+        others = self.rows[-1] - self.rows[0]  # the rows of all others, or more than there is room for
 
         def area(rows: int) -> int:
             rest = self.room - rows
             own = max(0, rest - others)  # without other documents, its own first rows
-            heavy = end - self.before(piece.stop - rows) + self.before(piece.start + own) - begin
-            return self.area + heavy + light(rest - own)
+            heavy = piece.area - self.before(piece.stop - rows) + self.before(piece.start + own)
+            return self.area + heavy + self.light(rest - own)
 
         furthest = min(self.room, piece.rows)
         rows = _last(furthest, most, area)
@@ -187,20 +193,20 @@ class _Dealer:
 
     def top_up(self, least: int, most: int) -> None:
         """Take the lightest pieces whole, and of one the first or the last rows, whichever makes fewer foreign keys."""
-        while self.pool and self.pool[0].rows <= self.room:
-            self.hold(self.pool.pop(0))
+        whole = self.whole(self.room)
+        for piece in self.pool[:whole]:
+            self.hold(piece)
+        del self.pool[:whole], self.rows[:whole], self.cells[:whole]
         lightest, room = self.pool[:1], self.room
-        for piece in self.rest:
-            insort(self.pool, piece)
+        self.put(self.rest)
         if room:
             ways = [(x.start + room - x.head, x.start, x) for x in lightest or self.rest]
             ways += [(x.stop - room - x.head, x.stop - room, x) for x in lightest]
             ways += [(0, x.start, x) for x in self.rest if x.rows >= room]
-            even = [way for way in ways if least <= self.area + self.cells(way[1], way[1] + room) <= most]
-            _, start, piece = min(even, default=ways[0])
-            self.pool.remove(piece)
-            for remains in self.hold_part(piece, start, start + room):
-                insort(self.pool, remains)
+            area = {start: self.area + self.before(start + room) - self.before(start) for _, start, _ in ways}
+            _, start, piece = min((way for way in ways if least <= area[way[1]] <= most), default=ways[0])
+            self.take(self.pool.index(piece))
+            self.put(self.hold_part(piece, start, start + room))
 
     def hold(self, piece: _Piece) -> None:
         self.share.append(piece)
@@ -213,10 +219,7 @@ class _Dealer:
         return [self.piece(a, b, piece.head) for a, b in ((piece.start, start), (stop, piece.stop)) if a < b]
 
     def piece(self, start: int, stop: int, head: int) -> _Piece:
-        return _Piece((area := self.cells(start, stop)) / (stop - start), start, stop, area, head)
-
-    def cells(self, start: int, stop: int) -> int:
-        return self.before(stop) - self.before(start)
+        return _Piece((area := self.before(stop) - self.before(start)) / (stop - start), start, stop, area, head)
 
 
 def _last(furthest: int, most: int, area: Callable[[int], int]) -> int:
@@ -293,14 +296,12 @@ def _foreign(layout: Layout, mask: Mask) -> np.ndarray:
     The rows of a solid run together see one run of keys, from the first row's lo to the last row's hi. Spaced rows may
     step over keys and are asked one by one.
     """
-    runs = [(rank, run) for rank, runs in enumerate(layout.runs) for run in runs]
-    if not runs:
-        return np.zeros(layout.ranks, dtype=np.int64)
-    first, last = (
-        np.concatenate([np.arange(x.start, x.stop, x.step) for x in asked])
-        for asked in zip(*((run[:1], run[-1:]) if run.step == 1 else (run, run) for _, run in runs), strict=True)
-    )
-    owner = np.repeat([rank for rank, _ in runs], [1 if run.step == 1 else len(run) for _, run in runs])
+    runs = [(rank, run.start, run.stop, run.step) for rank, mine in enumerate(layout.runs) for run in mine]
+    _, start, stop, step = table = np.array(runs, dtype=np.int64).reshape(-1, 4).T
+    asked = np.where(step == 1, 1, -((start - stop) // step))
+    owner, start, stop, step = np.repeat(table, asked, axis=1)
+    first = start + step * (np.arange(len(owner)) - np.repeat(np.cumsum(asked) - asked, asked))
+    last = np.where(step == 1, stop - 1, first)
     far = layout.length + 1
     lo, hi = (
         np.concatenate([mask.bounds(at, row)[side].clip(0, layout.length) + owner * far for row in range(mask.rows)])
