@@ -47,10 +47,10 @@ train: export OMP_NUM_THREADS ?= $(shell threads=$$(( $$(getconf _NPROCESSORS_ON
 train: $(STAMP)
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/train.py --check --out runs/first $(ARGS)
 
-# Triton decides at its import whether kernels are interpreted, so those tests have a process of their own. There ARGS may
+# Two processes, one thread each. Triton decides at its import whether kernels are interpreted, so those tests have a process of their own. There ARGS may
 # well select nothing (pytest's exit status 5).
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels $(ARGS) || test $$? -eq 5
 
 test-slow: $(STAMP)

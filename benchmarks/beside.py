@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from links import join, measure_link
+from links import Played, join, measure_link
 from play import ALLOWED, LEAST, MOST, NAMES, PASSES, Heard, Stage, draw_inputs
 from stopwatch import Budget
 from torch import Tensor
@@ -64,9 +64,8 @@ def ring(question: Question, minutes: float, folder: Path) -> None:
             stage.play(name, together, ranks=[rank])
         _attend(mine, s, real)
     found: dict[str, Any] = {"link": link, "real": real, "rounds": len(real["forward"])}
-    found["together"] = {name: (together.median(name)[rank], together.before(name) * RANKS) for name in PASSES}
-    if rank == 0:
-        found["quiet"] = {name: (quiet.median(name), quiet.before(name)) for name in PASSES}
+    found |= {"together": {name: together.rounds(name) for name in PASSES}}
+    found |= {"quiet": {name: quiet.rounds(name) for name in PASSES}}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -80,16 +79,13 @@ def judge(question: Question, folder: Path, host: dict[str, float]) -> list[dict
     model = replace(question, hardware=question.machine.with_(within=gloo, between=gloo)).model
     records = []
     for name, plans in model.plans_of(question.plans).items():
-        both = [first["together"][name], second["together"][name]]
+        pairs = zip(first["together"][name], second["together"][name], strict=True)
         played = {
-            "quiet": first["quiet"][name],
-            "together": ([visits for visits, _ in both], sum(before for _, before in both) / RANKS),
+            "quiet": [Played(*played) for played in first["quiet"][name]],
+            "together": [Played(*(_each_its_own(*side) for side in zip(*pair, strict=True))) for pair in pairs],
         }
         real = np.median(np.max([first["real"][name], second["real"][name]], axis=0))
-        modelled = {
-            kind: join(model, name, plans, visits, before, host[name] / 1e6)
-            for kind, (visits, before) in played.items()
-        }
+        modelled = {kind: join(model, name, plans, rounds, host[name] / 1e6) for kind, rounds in played.items()}
         records.append(
             {
                 "kind": "ring",
@@ -104,6 +100,11 @@ def judge(question: Question, folder: Path, host: dict[str, float]) -> list[dict
             }
         )
     return records
+
+
+def _each_its_own(first: list[Any], second: list[Any]) -> list[Any]:
+    """What process 0 found of rank 0, and process 1 of rank 1."""
+    return [first[0], second[1]]
 
 
 def _attend(mine: Sequence[Tensor], s: rf.Sharding, real: dict[str, list[float]] | None = None) -> list[Tensor]:

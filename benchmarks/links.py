@@ -14,13 +14,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ringflash.forecast.model import Model, ideal
-from ringflash.forecast.timeline import Channel, Pace, Schedule, play, schedule
+from ringflash.forecast.timeline import Channel, Schedule, play, schedule
 from ringflash.plan import Plan
 from ringflash.wire import Wire
 
@@ -38,9 +38,16 @@ class Modelled:
     exposed: float
 
 
-def measured_schedule(plans: Sequence[Plan], seconds: Sequence[Sequence[float]]) -> Schedule:
-    """The schedule whose visits have so many nanoseconds where plans have cells. ``seconds[rank]`` in the order of its plan."""
-    table, left = schedule(plans), [iter(visits) for visits in seconds]
+class Played(NamedTuple):
+    """One round of a pass: seconds of each rank's visits in the order of its plan, and of its work ahead of the first."""
+
+    visits: Sequence[Sequence[float]]
+    before: Sequence[float]
+
+
+def charge(table: Schedule, seconds: Sequence[Sequence[float]]) -> Schedule:
+    """The schedule with so many nanoseconds in each visit as it had cells. ``seconds[rank]`` in the order of its plan."""
+    left = [iter(visits) for visits in seconds]
     moves = [
         move._replace(visits=tuple(v._replace(cells=round(next(left[v.rank]) / NANO)) for v in move.visits))
         for move in table.moves
@@ -49,27 +56,23 @@ def measured_schedule(plans: Sequence[Plan], seconds: Sequence[Sequence[float]])
 
 
 def join(
-    model: Model,
-    name: str,
-    plans: Sequence[Plan],
-    seconds: Sequence[Sequence[float]],
-    before: float,
-    host: float,
-    variation: str = "B",
+    model: Model, name: str, plans: Sequence[Plan], rounds: Sequence[Played], host: float, variation: str = "B"
 ) -> Modelled:
-    """A pass of measured visits over the links of ``model``, varied; ``before`` are seconds of each rank's work ahead of it."""
-    table, pace = measured_schedule(plans, seconds), model.pace(name, plans)
+    """Measured visits over the links of ``model``, varied. Each round is a run of the model; their medians are returned.
+
+    ``host`` are seconds per step. Ranks begin together, after the work ahead of the mean rank.
+    """
+    table, pace = schedule(plans), model.pace(name, plans)
     wider, later = VARIATIONS[variation]
     links = tuple(Channel(link.latency * later, link.per_byte / wider) for link in pace.links)
-    pace = replace(pace, per_cell=NANO, links=links, host=host, before=before)
-    total = play(table, pace)
-    compute = sum(map(sum, seconds)) / len(plans) + before
-    return Modelled(total, compute, max(0.0, total - play(table, _free(pace))))
-
-
-def _free(pace: Pace) -> Pace:
-    """Links that cost nothing; the work ahead stays."""
-    return replace(ideal(pace), before=pace.before)
+    runs = []
+    for visits, ahead in rounds:
+        before = sum(ahead) / len(plans)
+        charged = charge(table, visits)
+        timed = replace(pace, per_cell=NANO, links=links, host=host, before=before)
+        total, alone = play(charged, timed), play(charged, replace(ideal(timed), before=before))
+        runs.append((total, sum(map(sum, visits)) / len(plans) + before, max(0.0, total - alone)))
+    return Modelled(*map(statistics.median, zip(*runs, strict=True)))
 
 
 def measure_link(wire: Wire, count: int, repeats: int = 30) -> dict[str, Any]:

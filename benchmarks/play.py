@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from links import Played
 from stopwatch import Budget, Laps
 from torch import Tensor
 
@@ -51,9 +52,9 @@ class Heard:
         rounds = self.visits[name]
         return [np.median([played[rank] for played in rounds], axis=0).tolist() for rank in range(len(rounds[0]))]
 
-    def before(self, name: str) -> float:
-        """Seconds that the mean rank computes before its first visit."""
-        return float(np.median(self.extra[name], axis=0).mean())
+    def rounds(self, name: str) -> list[Played]:
+        """All rounds of a pass."""
+        return [Played(*played) for played in zip(self.visits[name], self.extra[name], strict=True)]
 
 
 class Stage:

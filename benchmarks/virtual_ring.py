@@ -153,7 +153,7 @@ def memory(question: Question, plans: dict[str, Sequence[Plan]], heard: Heard) -
 
 def modelled(question: Question, name: str, plans: Sequence[Plan], heard: Heard, host: float) -> dict[str, Any]:
     """The same visits over links: a model, at the bandwidth and latency that are stated and at others around them."""
-    model, visits, before = question.model, heard.median(name), heard.before(name)
+    model, rounds = question.model, heard.rounds(name)
     return {
         "kind": "model",
         "pass": name,
@@ -161,9 +161,7 @@ def modelled(question: Question, name: str, plans: Sequence[Plan], heard: Heard,
             kind: {"name": x.name, "bytes_per_second": x.bytes_per_second * x.attained, "latency": x.latency}
             for kind, x in zip(("within", "between"), model.links, strict=True)
         },
-        "model": {
-            variation: vars(join(model, name, plans, visits, before, host / 1e6, variation)) for variation in VARIATIONS
-        },
+        "model": {variation: vars(join(model, name, plans, rounds, host / 1e6, variation)) for variation in VARIATIONS},
     }
 
 

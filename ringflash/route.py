@@ -334,7 +334,7 @@ def legs(route: Route, rank: int, needs: Needs) -> Legs:
     home_in += _grouped(own, at, at + tour.patience[at], tour.home_channel[at], tour.rank_at[rank, at], owner[own])
     return Legs(
         tuple(Visit(move.step, move.shard, move.pieces) for move in moves(here, place, place, place, place)),
-        *(tuple(map(Transfer._make, sorted(part))) for part in (onward_out, onward_in, home_out, home_in)),
+        *(tuple(sorted(part)) for part in (onward_out, onward_in, home_out, home_in)),
     )
 
 
