@@ -304,10 +304,6 @@ def legs(route: Route, rank: int, needs: Needs) -> Legs:
     ) -> list[Transfer]:
         return _grouped(some, step[some], due[some], channel[some], peer[some], owner[some])
 
-    def ended(at: np.ndarray) -> np.ndarray:
-        """Where the total of each piece goes from step ``at``: to the next visitor of its chain, or home."""
-        return chain[after[pieces, at]] != chain[at]
-
     here = np.flatnonzero(seen[pieces, place])
     arriving = np.flatnonzero((place > 0) & comes[pieces, place])
     onward_in = moves(arriving, tour.post[place], place, tour.channel[place], tour.rank_at[owner, tour.parent[place]])
@@ -316,7 +312,7 @@ def legs(route: Route, rank: int, needs: Needs) -> Legs:
         piece, tour.post[child], child, tour.channel[child], tour.rank_at[owner[piece], child], owner[piece]
     )
     foreign = here[place[here] > 0]
-    goes_home = ended(place)
+    goes_home = chain[after[pieces, place]] != chain[place]  # and not to the next visitor of its chain
     home_out = moves(
         foreign,
         place,
