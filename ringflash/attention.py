@@ -207,11 +207,9 @@ def ring_attention(
                 f"ring_attention: {name} has {tensor.shape[1]} positions; rank {s.rank} of {s.ranks} holds "
                 f"{held} of {whole} in the {s.layout} layout: use s.shard(x, dim=1)"
             )
-    degree = s.heads_axis
-    assert isinstance(degree, int)
-    if q.shape[2] % degree:
+    if q.shape[2] % s.heads_degree:
         try:
-            head_share(q.shape[2], k.shape[2], degree, 0, s.ranks)
+            head_share(q.shape[2], k.shape[2], s.heads_degree, 0, s.ranks)
         except ValueError as error:
             raise ValueError(f"ring_attention: {error}") from None
     return _run(q, k, v, s.handle if mask is None else s.handle_under(mask), options, return_lse)

@@ -238,7 +238,9 @@ class _Cache:
             return tables.get(shard) or Intervals(plan, shard, device)
 
     def _fits(self) -> bool:
-        shardings = {p.problem[:3] for p, _ in self._kept}  # whichever side travels, and however
+        shardings = {
+            (p.queries, p.keys, p.mask, p.q_offset) for p, _ in self._kept
+        }  # whichever side travels, and however
         return len(shardings) <= self._shardings and self.nbytes <= self._most
 
     @property

@@ -9,7 +9,7 @@ route moves pieces. Causal zigzag on three ranks, chunks 0 to 5:
             chunk 5    0                  late keys: nobody but their owner and those whose late chunk is later still
     1       chunk 1    0 1 2
             chunk 4    0 1
-    2       chunks 2 and 3 are neighbours, cut where rank 1 stops to see them: 0 1 2 | 0 1 2
+    2       chunks 2, 3    0 1 2          neighbours, and all ranks have queries behind both
 
 Because every query sees its own neighbourhood, the rows of a solid run together see one solid run of positions, and two
 evaluations of the mask per run decide. Runs with a stride (striped layouts) can step over keys: such shards are one piece.

@@ -102,7 +102,8 @@ class Plan:
     @property
     def turned(self) -> Plan:
         """The plan of the same rank if the other side travelled."""
-        return derive(self.rank, *self.problem[:-1], "queries" if self.travels == "keys" else "keys")
+        *rest, travels = self.problem
+        return derive(self.rank, *rest, "queries" if travels == "keys" else "keys")
 
     @cached_property
     def needs(self) -> Needs:
@@ -290,12 +291,10 @@ def cheaper_backward(plan: Plan, keys: Cost, queries: Cost) -> Plan:
     if plan.ranks == 1:
         return plan
     costs = {"keys": Cost(*keys), "queries": Cost(*queries)}
+    turned = plan.turned
     around = plan.route.reversed if isinstance(plan.route, Ring | DoubleRing) else plan.route
-    ways = [
-        plan.problem,
-        *((*plan.problem[:3], route, *plan.turned.problem[4:]) for route in {plan.route: 0, around: 0}),
-    ]
-    return derive(plan.rank, *min(ways, key=lambda problem: _bytes_moved(problem, costs[problem[-1]])))
+    other = derive(plan.rank, plan.queries, plan.keys, plan.mask, around, plan.q_offset, turned.travels)
+    return min((plan, turned, other), key=lambda way: _bytes_moved(way.problem, costs[way.travels]))
 
 
 def _of_part(positions: np.ndarray, part: Part) -> np.ndarray:

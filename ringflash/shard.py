@@ -72,7 +72,8 @@ class Sharding:
     """Number of batch rows that the mask tells apart; 1 if all rows share it."""
     handle: Tensor = field(init=False, compare=False, repr=False)
     """What operators know this sharding by."""
-    _degree: int = field(init=False, compare=False, repr=False)
+    heads_degree: int = field(init=False, compare=False, repr=False)
+    """Number of ranks that share each shard; 1 without Ulysses."""
     _asked_route: str | Route = field(init=False, compare=False, repr=False)
     _layouts: tuple[Layout, Layout] = field(init=False, compare=False, repr=False)
 
@@ -102,7 +103,7 @@ class Sharding:
             keys=keys,
             q_offset=offset,
             heads_axis=degree,
-            _degree=degree,
+            heads_degree=degree,
             _asked_route=self.route,
             _layouts=(queries, held),
         )
@@ -129,12 +130,12 @@ class Sharding:
     @property
     def ring_rank(self) -> int:
         """The rank whose plan this is, in its ring: the number of the shard that this rank holds some or all of."""
-        return self.rank // self._degree
+        return self.rank // self.heads_degree
 
     @property
     def ring_ranks(self) -> int:
         """Number of ranks of a ring, and of shards."""
-        return self.ranks // self._degree
+        return self.ranks // self.heads_degree
 
     @cached_property
     def plan(self) -> Plan:
@@ -220,7 +221,7 @@ class Sharding:
 
     @cached_property
     def _bound(self) -> tuple[Plan, Wire, Swap | None]:
-        ring, row = connect_axes(self.group, self._degree)
+        ring, row = connect_axes(self.group, self.heads_degree)
         if row.ranks == 1:
             return self.plan, ring, None
         members = range(self.ring_rank * row.ranks, (self.ring_rank + 1) * row.ranks)
@@ -230,7 +231,7 @@ class Sharding:
     @property
     def _held(self) -> Layout:
         """What each rank holds, of all that there are."""
-        return self._layouts[0].split(self._degree)
+        return self._layouts[0].split(self.heads_degree)
 
     @cached_property
     def _relatives(self) -> dict[Mask, Sharding]:

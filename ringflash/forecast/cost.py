@@ -29,7 +29,7 @@ from ringflash.units import spell_bytes, spell_count, spell_tokens
 __all__ = ["Estimate", "Pass", "Span", "StepCost", "estimate"]
 
 _HIDDEN = 0.9  # a call that computes this share of its time is limited by computing
-_WORTH = 1.02  # advice has to gain this much
+WORTH = 1.02  # advice has to gain this much
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,14 @@ def _advise(model: Model, plans: Sequence[Plan], forward: Pass, backward: Pass) 
     total, degree = forward.seconds + backward.seconds, model.workload.degree
     lost = {name: sum(getattr(phase, name) for phase in (forward, backward)) for name in ("imbalance", "exposed")}
     tried: list[Change] = []
-    if max(lost.values()) > (1 - 1 / _WORTH) * total:
+    if max(lost.values()) > (1 - 1 / WORTH) * total:
         tried += routes(plans, model.ring_per_node, degree)
-    if lost["exposed"] > (1 - 1 / _WORTH) * total:
+    if lost["exposed"] > (1 - 1 / WORTH) * total:
         tried += degrees(plans, model.workload, model.per_node)
-    if lost["imbalance"] > (1 - 1 / _WORTH) * total:
+    if lost["imbalance"] > (1 - 1 / WORTH) * total:
         tried += layouts(plans, degree)
     gains = sorted(((total / _trial(model, change), change.label) for change in tried), reverse=True)
-    yield from (f"{label}: {gain:.2f} x as fast" for gain, label in gains if gain >= _WORTH)
+    yield from (f"{label}: {gain:.2f} x as fast" for gain, label in gains if gain >= WORTH)
     larger = next(more_ranks(plans, degree), None)
     if larger is not None:
         gain, label = total / _trial(model, larger), larger.label
@@ -221,7 +221,7 @@ def _advise(model: Model, plans: Sequence[Plan], forward: Pass, backward: Pass) 
         halved = sum(2 * max(step.compute / 4, step.transfer / 2) for step in steps)
         gain = sum(step.seconds for step in steps) / halved if halved else 1.0
         label = f"about {2 * forward.ranks} ranks instead of {forward.ranks}"
-    if gain >= _WORTH:
+    if gain >= WORTH:
         yield f"{label}: {gain:.2f} x as fast"
 
 

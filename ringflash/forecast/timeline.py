@@ -18,7 +18,7 @@ wherever it lies (the masked half of a tile on the edge of a mask costs nothing)
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -145,11 +145,10 @@ def schedule(plans: Sequence[Plan]) -> Schedule:
     return Schedule(len(plans), first.travels, tuple(moves))
 
 
-def _batches(posted) -> tuple[tuple[int, tuple[Hop, ...]], ...]:  # type: ignore[no-untyped-def]
+def _batches(posted: Iterable[tuple[int, Sequence[Batch]]]) -> tuple[tuple[int, tuple[Hop, ...]], ...]:
     """The messages of one step and phase, by (due, channel): the order in which every rank posts its batches."""
     groups: dict[tuple[int, int], list[Hop]] = defaultdict(list)
     for rank, batches in posted:
-        batch: Batch
         for batch in batches:
             for peer, part in batch.out:
                 groups[batch.due, batch.channel].append(Hop(rank, peer, part.shard, part.tokens, batch.due))

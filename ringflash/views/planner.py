@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ringflash.auto import choose_route
 from ringflash.forecast.advice import more_ranks
-from ringflash.forecast.cost import _WORTH, Estimate, estimate
+from ringflash.forecast.cost import WORTH, Estimate, estimate
 from ringflash.forecast.hardware import Hardware, load_hardware
 from ringflash.forecast.holding import in_flight
 from ringflash.forecast.model import Model
@@ -244,7 +244,7 @@ class Answer:
     def best(self) -> Candidate:
         """The fastest on as many ranks; what was asked for, unless another gains something."""
         fastest = min([*self.layouts, *self.routes, *self.divisions], key=lambda candidate: candidate.seconds)
-        return fastest if fastest.seconds * _WORTH <= self.asked.seconds else self.asked
+        return fastest if fastest.seconds * WORTH <= self.asked.seconds else self.asked
 
 
 class Sent(NamedTuple):
