@@ -25,6 +25,8 @@ from test_mask import masks
 from torch import Tensor
 
 import ringflash as rf
+from ringflash import auto
+from ringflash.auto import choose_route
 from ringflash.freight import Freight, Parcel
 from ringflash.plan import Cost, cheaper_backward, derive, tokens_moved
 from ringflash.route import Direct, Ring, Route, Tour, ring, ring_down, tour_of
@@ -90,6 +92,25 @@ def test_seers_are_bounds_the_other_way_round(masked: Any, offset: int, queries:
     seen = (keys >= lo[:, None]) & (keys < hi[:, None])
     assert ((at[:, None] >= first) & (at[:, None] < past) == seen).all()
     assert (np.diff(first) >= 0).all() and (np.diff(past) >= 0).all()
+
+
+@pytest.mark.parametrize("offset", [-5, 0, 3])
+@pytest.mark.parametrize("mask", [rf.prefix(7), rf.prefix(7) & rf.window(4, 2), rf.chunks(5), rf.window(3, 6)], ids=str)
+def test_queries_before_the_first_key_see_what_seers_say(mask: rf.Mask, offset: int) -> None:
+    """A query at a negative position is in no prefix and in no chunk, from whichever side one asks."""
+    at, keys = np.arange(20) + offset, np.arange(24)
+    (lo, hi), (first, past) = mask.bounds(at), mask.seers(keys)
+    seen = (keys >= lo[:, None]) & (keys < hi[:, None])
+    assert ((at[:, None] >= first) & (at[:, None] < past) == seen).all()
+
+
+@pytest.mark.parametrize("mask", [rf.window(37, 21), rf.causal & rf.documents([0, 301, 517, 1000]), rf.causal], ids=str)
+def test_cuts_that_are_rounded_lose_nothing(mask: rf.Mask) -> None:
+    """Shards of hundreds of tokens are cut at multiples of several; rounded the wrong way, cells at the edges would be lost."""
+    for layout, route in itertools.product(("contiguous", "zigzag"), ("ring", "needed_only")):
+        plans = rf.plans(rf.Sharding(1000, (0, 3), mask, layout, route))
+        rf.verify(plans)
+        rf.verify([plan.turned for plan in plans])
 
 
 def answer(
@@ -213,6 +234,8 @@ def test_a_shard_crosses_between_nodes_once_and_a_whole_inner_ring_ahead() -> No
         assert [(number, batch.due, len(batch.out)) for number, batch in crossing] == [(0, 4, 1)]
         home = [message for step in plan.steps for batch in step.home for message in batch.out]
         assert sum(message.peer // 4 != plan.rank // 4 for message in home) == 1
+        leaving = [batch.due - n for n, step in enumerate(plan.steps) for batch in step.home if batch.channel == 1]
+        assert leaving and set(leaving) == {4}
 
 
 @pytest.mark.parametrize(
@@ -316,3 +339,28 @@ def test_routes_are_values() -> None:
     assert [str(r) for r in (ring, ring_down, rf.direct(), rf.direct(None), rf.direct(3), rf.double_ring(2, 3))] == [
         *("ring", "ring_down", "needed_only", "gather", "direct(3)", "double_ring(2, 3)")
     ]
+
+
+PACKED = rf.causal & rf.documents([0, 1300, 2400, 3300, 4096])
+CHOSEN = [
+    (rf.full, "contiguous", 1, "ring"),
+    (rf.causal, "zigzag", 1, "ring_down"),
+    (rf.causal, "zigzag", 2, "double_ring(2, 4, direction=-1)"),
+    (rf.causal & rf.window(5, 0), "contiguous", 1, "ring"),
+    (rf.causal & rf.window(5, 0), "contiguous", 2, "ring"),
+    (PACKED, "balanced", 1, "gather"),
+]
+
+
+@pytest.mark.parametrize(("mask", "layout", "nodes", "route"), CHOSEN, ids=str)
+def test_auto_takes_the_route_that_sends_least(mask: rf.Mask, layout: str, nodes: int, route: str) -> None:
+    """Rings the right way round, double rings between nodes where all is needed, and owners themselves where little is."""
+    held = rf.Sharding(4096, (0, 8), mask, layout, "ring").plan.queries
+    assert str(choose_route(held, held, mask, 0, nodes)) == route
+
+
+def test_auto_does_not_gather_what_memory_would_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rank would hold more shards at once than allowed, owners send step by step."""
+    held = rf.Sharding(4096, (0, 8), PACKED, "balanced", "ring").plan.queries
+    monkeypatch.setattr(auto, "_HELD", 0.1)
+    assert str(choose_route(held, held, PACKED, 0)) == "needed_only"
