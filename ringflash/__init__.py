@@ -9,7 +9,9 @@ Masks and layouts are values, plans are derived from them, and attention is a su
 any order. ``docs/design.md`` tells the rest.
 """
 
+from ringflash import data
 from ringflash.attention import flash_attention, ring_attention
+from ringflash.checkpointing import keep_attention, keep_attention_on_cpu
 from ringflash.errors import DeadlockError, PlanError, RingflashError, WireError
 from ringflash.forecast.cost import estimate
 from ringflash.layout import Layout
@@ -21,6 +23,7 @@ from ringflash.plan import Plan
 from ringflash.route import direct, double_ring
 from ringflash.sequence_parallel import SequenceParallel
 from ringflash.shard import Sharding, plan, plans
+from ringflash.tiling import Tiled, tile_modules, tiled_cross_entropy
 from ringflash.verify import verify
 from ringflash.views.draw import draw
 from ringflash.views.trace import trace
@@ -38,9 +41,11 @@ __all__ = [
     "RingflashError",
     "SequenceParallel",
     "Sharding",
+    "Tiled",
     "WireError",
     "causal",
     "chunks",
+    "data",
     "direct",
     "documents",
     "double_ring",
@@ -48,6 +53,8 @@ __all__ = [
     "estimate",
     "flash_attention",
     "full",
+    "keep_attention",
+    "keep_attention_on_cpu",
     "local_world",
     "merge",
     "plan",
@@ -55,6 +62,8 @@ __all__ = [
     "prefix",
     "ring_attention",
     "sink",
+    "tile_modules",
+    "tiled_cross_entropy",
     "trace",
     "verify",
     "window",

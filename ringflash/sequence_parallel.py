@@ -4,66 +4,48 @@
     loss = model(input_ids=ids, labels=ids).loss        # the same global mean on every rank
     loss.backward()                                     # the same gradients on every rank
 
-Everything but attention is local to a token. So the wrapper shards what has a sequence dimension, hands the model this
-rank's part with its global positions, and takes care of the three things that go wrong when people do this by hand:
-labels are shifted before they are sharded (the target of a shard's last token is on another rank), the mean is over the
-unmasked tokens of all ranks (a rank may hold none), and gradients are summed as often as needed, not once more.
+What goes into the model and what comes out of it is spread in ``spread.py``; here is the module around it, which is the
+model to everybody else (names, state_dict, attributes), and which sums gradients as often as needed, not once more.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NoReturn
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.gradients import GradientSum
 from ringflash.layout import Layout
-from ringflash.mask import Mask, causal, documents
-from ringflash.partial import accumulation_dtype
+from ringflash.mask import Mask, causal
 from ringflash.route import Route
 from ringflash.shard import Sharding
-from ringflash.wire import Group, address, connect_all, resolve, resolve_axes
-
-IGNORED = -100  # the label of a token without a target, as in torch.nn.functional.cross_entropy
-
-SEQUENCE_DIMS: dict[str, int | None] = {
-    "input_ids": 1,
-    "inputs_embeds": 1,
-    "position_ids": -1,
-    "token_type_ids": 1,
-    "labels": 1,
-    "shift_labels": 1,
-    "attention_mask": 1,
-}
-
-
-class Output(NamedTuple):
-    """What a wrapped model returns: ``loss`` (None without labels) and this rank's ``logits [b, s_local, vocab]``."""
-
-    loss: Tensor | None
-    logits: Tensor
+from ringflash.spread import Spread
+from ringflash.wire import Group, address, connect_all
 
 
 class SequenceParallel(nn.Module):
     """Run ``model`` with its sequence spread over ``group``, as ``layout``, ``route`` and ``heads_axis`` say of a Sharding.
 
     Every rank of the group passes the same whole batch. ``input_ids``, ``position_ids``, ``labels`` and the other names
-    of ``SEQUENCE_DIMS`` are sharded; further ones are named with ``seq_dims={"name": dim}`` (None: pass it whole). Any
-    other tensor argument with a dimension as long as the sequence is an error. ``position_ids`` are made, global, if the
+    of ``spread.SEQUENCE_DIMS`` are sharded; further ones are named with ``seq_dims={"name": dim}`` (None: pass it whole).
+    Any other tensor argument with a dimension as long as the sequence is an error. ``position_ids`` are made, global, if the
     model names them. ``attention_mask`` may pad either end of a row; padding becomes a document of its own. A mask passed in
-    the call, ``model(..., mask=rf.causal & rf.documents(cu_seqlens))``, replaces ``mask`` for that batch.
+    the call, ``model(..., mask=rf.causal & rf.documents(cu_seqlens))``, replaces ``mask`` for that batch. With
+    ``model(..., sharding=s)`` the inputs are this rank's parts already (and the labels ``shift_labels``).
 
     The model computes attention in modules that have a ``sharding`` attribute (``rf.RingAttention``, or your own with
     ``self.sharding = None`` and ``rf.ring_attention(q, k, v, self.sharding)``), and returns logits: a tensor, or an object
     with ``.logits`` (its ``.loss`` is set where it has one). With ``labels`` (shifted here) or ``shift_labels`` (shifted
     already) the loss is the mean cross entropy over all unmasked tokens of ``tokens_group`` (default ``group``): equal on
-    all ranks, 0 if there are none.
+    all ranks, 0 if there are none. A model of Transformers takes part once ``ringflash.integrations.transformers`` is
+    imported. With ``num_items_in_batch=n`` the loss is this rank's share of the sum over n, and nobody scales it.
+
+    ``loss_tile``: compute the loss from hidden states, so many tokens at a time, with recomputation in backward: logits,
+    the largest tensor of a long sequence, never exist, and are returned as None. ``head`` names the module that makes them
+    (a Transformers model knows its own).
 
     ``gradients="reduce"``: parameter gradients are summed over ``group`` after every backward. ``"engine"``: DDP, FSDP or
     ZeRO averages over ``tokens_group`` or more, and the loss is scaled so that its average is right.
@@ -71,7 +53,6 @@ class SequenceParallel(nn.Module):
     """
 
     module: nn.Module
-    sharding: Sharding | None
 
     def __init__(
         self,
@@ -84,125 +65,57 @@ class SequenceParallel(nn.Module):
         seq_dims: Mapping[str, int | None] | None = None,
         route: str | Route = "auto",
         heads_axis: str | int | None = None,
+        loss_tile: int | None = None,
+        head: str | None = None,
     ) -> None:
         super().__init__()
         if gradients not in ("reduce", "engine"):
             raise ValueError(f"SequenceParallel: gradients is {gradients!r}; accepted are 'reduce' and 'engine'")
-        if not any(_takes_part(m) for m in model.modules()):
-            raise ValueError(
-                f"SequenceParallel: no module of {type(model).__name__} has a sharding attribute, so every rank would attend "
-                "to its own shard alone; use rf.RingAttention, or set self.sharding = None in your attention module and "
-                "call rf.ring_attention(q, k, v, self.sharding)"
-            )
+        self._given: dict[str, Any] = dict(
+            layout=layout, seq_dims=seq_dims, route=route, loss_tile=loss_tile, head=head
+        )
+        self._mask, self._gradients = mask, gradients
         self.module = model
-        self.sharding = None
-        self._group, self._heads_axis = resolve_axes(group, heads_axis)
-        self._mask, self._layout, self._route, self._gradients = mask, layout, route, gradients
-        self._tokens_group = self._group if tokens_group is None else resolve(tokens_group)
-        self._seq_dims = SEQUENCE_DIMS | dict(seq_dims or {})
-        self._signature = inspect.signature(_innermost(model).forward)
+        self.spread = Spread(
+            model,
+            group,
+            mask,
+            heads_axis=heads_axis,
+            engine=gradients == "engine",
+            tokens_group=tokens_group,
+            **self._given,
+        )
         self._sum: GradientSum | None = None
         if gradients == "reduce":
             self._refuse_engines()
-            if address(self._tokens_group)[1] != address(self._group)[1]:
+            tokens, mine = address(self.spread.tokens_group)[1], address(self.spread.group)[1]
+            if tokens != mine:
                 raise ValueError(
-                    f"SequenceParallel: tokens_group has {address(self._tokens_group)[1]} ranks, group "
-                    f"{address(self._group)[1]}; gradients='reduce' sums over group alone: use 'engine', with DDP or FSDP"
+                    f"SequenceParallel: tokens_group has {tokens} ranks, group {mine}; gradients='reduce' sums over group "
+                    "alone: use 'engine', with DDP or FSDP"
                 )
-            self._sum = GradientSum(model, connect_all(self._group))
+            self._sum = GradientSum(model, connect_all(self.spread.group))
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """That of the last forward; None before it."""
+        return self.spread.sharding
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inner model's forward on this rank's part; returns :class:`Output`, or the model's own with ``loss`` set."""
         if self._sum is not None:
             self._refuse_engines()
             self._sum.watch()
-        mask = kwargs.pop("mask") if isinstance(kwargs.get("mask"), Mask) else self._mask
-        inputs = {**self._signature.bind_partial(*args).arguments, **kwargs}
-        length = self._length(inputs)
-        mask = _with_padding(mask, inputs.pop("attention_mask", None), length)
-        s = Sharding(length, self._group, mask, self._layout, self._route, heads_axis=self._heads_axis)
-        self.sharding = s
-        self._tell(s)
-        labels = _targets(inputs)
-        labels = None if labels is None else self._local("labels", labels, s)
-        local = {name: self._local(name, value, s) for name, value in inputs.items()}
-        if "position_ids" not in local and self._accepts("position_ids"):
-            device = next((x.device for x in local.values() if isinstance(x, Tensor)), None)
-            local["position_ids"] = s.positions.to(device)[None]
-        output = self.module(**local)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"SequenceParallel: the model returned a {type(output).__name__}; it should return logits, as a tensor or "
-                "as the attribute logits of an object"
-            )
-        if logits.requires_grad:
-            # activation checkpointing reads the sharding again, when another forward may have set another one
-            logits.register_hook(lambda _: self._tell(s))
-        loss = None if labels is None else self._loss(logits, labels)
-        if isinstance(output, Tensor):
-            return Output(loss, logits)
-        try:
-            output.loss = loss if labels is not None else output.loss
-        except AttributeError:  # a tuple, a frozen dataclass, or an object without a place for a loss
-            return Output(loss, logits)
-        return output
+        return self.spread.leave(self.module(**self.spread.enter(args, kwargs)))
 
-    def _tell(self, s: Sharding) -> None:
-        """Let every layer that asks for it know the sharding."""
-        for module in self.module.modules():
-            if _takes_part(module):
-                setattr(module, "sharding", s)  # noqa: B010 - a type checker knows only tensors and modules here
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits = logits.to(accumulation_dtype(logits.dtype))
-        here = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        tokens = (labels != IGNORED).sum()
-        total = torch.stack([here.detach().double(), tokens.double()])
-        connect_all(self._tokens_group).all_reduce(total)
-        count = total[1].clamp_min(1)
-        engine_ranks = address(self._tokens_group)[1] if self._gradients == "engine" else 1
-        loss: Tensor = _Stated.apply(here * (engine_ranks / count).to(here.dtype), (total[0] / count).to(here.dtype))
-        return loss
-
-    def _length(self, inputs: dict[str, Any]) -> int:
-        for name in ("input_ids", "inputs_embeds", *self._seq_dims):
-            value = inputs.get(name)
-            dim = self._seq_dims.get(name)
-            if isinstance(value, Tensor) and dim is not None:
-                if not -value.ndim <= dim < value.ndim:
-                    raise ValueError(
-                        f"SequenceParallel: {name} has shape {tuple(value.shape)}; dim {dim} is its sequence"
-                    )
-                return value.shape[dim]
-        raise ValueError(
-            f"SequenceParallel: none of {sorted(inputs)} is a sequence; name one with seq_dims={{'name': dim}}"
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: a cache over shards is not there yet, and without one every rank would decode from its own shard alone."""
+        raise RuntimeError(
+            "SequenceParallel: generate is not available on a sequence that is spread over ranks; decode with the model alone "
+            "(for Transformers, loaded with attn_implementation='sdpa')"
         )
-
-    def _local(self, name: str, value: Any, s: Sharding) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if name in self._seq_dims:
-            dim = self._seq_dims[name]
-            if dim is None:
-                return value
-            if not -value.ndim <= dim < value.ndim or value.shape[dim] != s.length:
-                raise ValueError(
-                    f"SequenceParallel: {name} has shape {tuple(value.shape)}; dim {dim} should have {s.length} positions. "
-                    "Every rank passes the whole sequence"
-                )
-            return s.shard(value, dim)
-        if s.length in value.shape:
-            raise ValueError(
-                f"SequenceParallel: {name} has shape {tuple(value.shape)}, and {s.length} is the length of the sequence; say "
-                f"seq_dims={{'{name}': dim}} to shard it, or None in place of dim to pass it whole"
-            )
-        return value
-
-    def _accepts(self, name: str) -> bool:
-        return name in self._signature.parameters
 
     def _refuse_engines(self) -> None:
         wrapped = isinstance(self.module, DistributedDataParallel)
@@ -229,71 +142,15 @@ class SequenceParallel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
         """A copy of the model in the same group, with hooks of its own."""
-        groups = {"group": self._group, "tokens_group": self._tokens_group}
         return SequenceParallel(
             copy.deepcopy(self.module, memo),
+            group=self.spread.group,
             mask=self._mask,
-            layout=self._layout,
             gradients=self._gradients,
-            seq_dims=self._seq_dims,
-            route=self._route,
-            heads_axis=self._heads_axis,
-            **groups,
+            tokens_group=self.spread.tokens_group,
+            heads_axis=self.spread.heads_axis,
+            **self._given,
         )
-
-
-class _Stated(torch.autograd.Function):
-    """A number whose value is stated, the same on all ranks, and whose gradient is that of this rank's share."""
-
-    @staticmethod
-    def forward(ctx: Any, share: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def _innermost(model: Any) -> nn.Module:
-    """The user's own module inside DDP and torch.compile, whose forward has the names of its inputs."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    inner: nn.Module = model
-    return inner
-
-
-def _takes_part(module: nn.Module) -> bool:
-    return "sharding" in vars(module)
-
-
-def _targets(inputs: dict[str, Any]) -> Tensor | None:
-    """Take the labels out of ``inputs``, shifted over the whole sequence: position i holds the target of token i."""
-    labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-    if labels is not None and shifted is not None:
-        raise ValueError("SequenceParallel: labels and shift_labels were given; pass one of them")
-    return shifted if labels is None else F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-
-
-def _with_padding(mask: Mask, attention_mask: Tensor | None, length: int) -> Mask:
-    """Padding at either end of a row becomes a document of its own, which no real token sees."""
-    if attention_mask is None:
-        return mask
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != length:
-        raise ValueError(
-            f"SequenceParallel: attention_mask has shape {tuple(attention_mask.shape)}; [batch, {length}] with 0 for padding "
-            "is needed, other masks are given as mask=rf.causal & ..."
-        )
-    if bool(attention_mask.all()):
-        return mask
-    rows = []
-    for row in (attention_mask != 0).tolist():
-        edges = [i for i in range(1, len(row)) if row[i] != row[i - 1]]
-        if sum(row[i] for i in (0, *edges)) > 1:
-            raise ValueError(
-                "SequenceParallel: attention_mask pads between the tokens of a row; only its ends can be padded"
-            )
-        rows.append([0, *edges, len(row)])
-    return mask & documents(rows)
 
 
 def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

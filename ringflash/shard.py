@@ -148,6 +148,11 @@ class Sharding:
         return torch.tensor(self._held.positions(self.rank))
 
     @property
+    def most_tokens(self) -> int:
+        """The most positions that any rank holds: what all ranks can agree on where their own numbers differ."""
+        return max(map(self._held.tokens, range(self.ranks)))
+
+    @property
     def key_sharding(self) -> Sharding:
         """How the keys are spread: this sharding itself, unless ``keys`` is another length."""
         if self.keys == self.length:

@@ -199,7 +199,9 @@ def test_dropout_depends_neither_on_the_number_of_ranks_nor_on_the_layout(layout
 
 
 @pytest.mark.parametrize("backend", ["aten", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_half_precision_keeps_its_error_for_any_number_of_ranks(dtype: torch.dtype, backend: str) -> None:
     """The error against float64 at 64 ranks is at most 1.02 times that at one: partials never leave float32."""
     length = 384

@@ -10,7 +10,7 @@ from processes import torchrun
 PROGRAMS = Path(__file__).parent / "programs"
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4])
 def test_real_processes_give_the_bits_of_the_in_process_world(ranks: int) -> None:
     """Communication gets no tolerance: out, lse and gradients are bitwise equal, on whole worlds and on mesh axes."""
     output = torchrun(ranks, PROGRAMS / "ring_bits.py")

@@ -1,6 +1,9 @@
-"""Run by test_gloo.py under torchrun on 2 x 2 ranks: loss and raw gradients of a wrapped model equal one process's."""
+"""Run by test_gloo.py under torchrun on 2 x 2 ranks: loss and raw gradients of a wrapped model equal one
+process's, with the loss from logits and from hidden states."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,11 +47,11 @@ def one_process() -> tuple[Tensor, list[Tensor]]:
     return out.loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def sharded(engine: str, mesh: DeviceMesh) -> tuple[Tensor, list[Tensor]]:
+def sharded(engine: str, mesh: DeviceMesh, **tiles: Any) -> tuple[Tensor, list[Tensor]]:
     ids, labels = batch()
     if engine == "reduce":  # all four ranks in one ring
         model = Model()
-        wrapped: nn.Module = rf.SequenceParallel(model, None)
+        wrapped: nn.Module = rf.SequenceParallel(model, None, **tiles)
     else:
         everyone = mesh._flatten("everyone")
         mine = mesh["data"].get_local_rank()
@@ -56,7 +59,7 @@ def sharded(engine: str, mesh: DeviceMesh) -> tuple[Tensor, list[Tensor]]:
         model = Model()
         if engine == "fsdp":
             fully_shard(model, mesh=everyone)
-        wrapped = rf.SequenceParallel(model, mesh["context"], gradients="engine", tokens_group=everyone)
+        wrapped = rf.SequenceParallel(model, mesh["context"], gradients="engine", tokens_group=everyone, **tiles)
         if engine == "ddp":
             wrapped = DistributedDataParallel(wrapped, process_group=everyone.get_group())
     out = wrapped(input_ids=ids, labels=labels)
@@ -70,11 +73,12 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     loss, grads = one_process()
     for engine in ("reduce", "ddp", "fsdp"):
-        got, mine = sharded(engine, mesh)
-        assert torch.allclose(got, loss, rtol=1e-10, atol=0), (engine, got, loss)
-        assert len(mine) == len(grads)
-        for a, b in zip(mine, grads, strict=True):
-            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), (engine, (a - b).abs().max())
+        for tiles in ({}, {"loss_tile": 16, "head": "head"}):
+            got, mine = sharded(engine, mesh, **tiles)
+            assert torch.allclose(got, loss, rtol=1e-10, atol=0), (engine, tiles, got, loss)
+            assert len(mine) == len(grads)
+            for a, b in zip(mine, grads, strict=True):
+                assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), (engine, tiles, (a - b).abs().max())
         print(f"{engine}: equal to one process", flush=True)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,170 @@
+"""The loss of a sequence that is spread over ranks: one mean over the tokens of all, and the gradient that belongs to it.
+
+    value       sum over the tokens of all ranks / number of their targets       equal on all ranks
+    gradient    that of this rank's own sum / number of targets, x ranks where an engine will average
+
+A mean of means would be wrong (ranks hold different numbers of targets, some none), and so would a gradient of the whole
+value on every rank.
+
+With a *tile* the loss is computed from hidden states, and logits never exist as a whole. The model is not asked to know:
+a catch before its head takes the hidden states and lets the first token through. The logits of that token come out at
+the model's end, and show whether something happens to logits on the way that the loss would leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ringflash.partial import accumulation_dtype
+from ringflash.shard import Sharding
+from ringflash.tiling import tiled_cross_entropy
+from ringflash.wire import Group, address, connect_all
+
+IGNORED = -100  # the label of a token without a target, as in torch.nn.functional.cross_entropy
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Cross entropy over the unmasked tokens of all ranks of ``group``; ``engine``: somebody averages gradients over them."""
+
+    group: Group
+    engine: bool
+
+    def of(self, here: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
+        """The loss from the sum over this rank's tokens, 0-dim.
+
+        ``items``: the caller divides and scales, as Transformers' Trainer does, and gets this rank's share of sum / items.
+        """
+        if items is not None:
+            return here / torch.as_tensor(items, device=here.device).to(here.dtype)
+        total = torch.stack([here.detach().double(), (labels != IGNORED).sum().double()])
+        connect_all(self.group).all_reduce(total)
+        count = total[1].clamp_min(1)
+        ranks = address(self.group)[1] if self.engine else 1
+        loss: Tensor = _Stated.apply(here * (ranks / count).to(here.dtype), (total[0] / count).to(here.dtype))
+        return loss
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits ``[b, s, vocab]`` and labels ``[b, s]``, in the accumulation dtype."""
+    wide = logits.to(accumulation_dtype(logits.dtype)).flatten(0, 1)
+    return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+class Tiles:
+    """Sums of cross entropy from the hidden states that enter ``head``, ``tile`` tokens at a time.
+
+    ``tail`` is what the model, here called ``name``, is known to do to logits after its head. ``expect`` before a forward,
+    ``sum`` after it.
+    """
+
+    def __init__(
+        self, head: nn.Module, tile: int, tail: Callable[[Tensor], Tensor] | None, group: Group, name: str
+    ) -> None:
+        self._head, self._tile, self._tail, self._group, self._name = head, tile, tail, group, name
+        self._trusted = False
+        self._catch = _stand_before(head)
+
+    def expect(self, tokens: int | None) -> None:
+        """In the next forward, stop the hidden states of so many tokens before the head; None: let everything pass."""
+        self._catch.tokens, self._catch.hidden = tokens, None
+
+    def sum(self, logits: Tensor, labels: Tensor, s: Sharding) -> Tensor:
+        """Over this rank's tokens. ``logits`` are what the model returned: those of the first token."""
+        hidden = self._catch.hidden
+        self.expect(None)
+        if hidden is None:
+            raise ValueError(
+                f"SequenceParallel: loss_tile is {self._tile}, and nothing entered the head of {self._name}"
+            )
+        if not self._trusted:
+            self._trusted = self._refuse_unknown_tail(logits, hidden)
+        calls = -(-len(hidden) * s.most_tokens // self._tile)
+        here = tiled_cross_entropy(self._logits, hidden, labels, self._tile, calls=calls)
+        if logits.requires_grad:  # DDP, FSDP and ZeRO watch what the model returned
+            here = _Tied.apply(here, logits)
+        return here
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._head(hidden)
+        return logits if self._tail is None else self._tail(logits)
+
+    @torch.no_grad()
+    def _refuse_unknown_tail(self, logits: Tensor, hidden: Tensor) -> bool:
+        """Does the model make other logits of the first token than the head does? All ranks decide together.
+
+        Returns whether that is settled: logits that are all zero (a head that starts at zero) say nothing of what follows.
+        """
+        ours = self._logits(hidden[:, :1])
+        largest = ours.abs().amax() if ours.numel() else torch.zeros((), device=ours.device)
+        allowed = 16 * torch.finfo(logits.dtype).eps * largest
+        same = ours.shape == logits.shape and bool(((logits - ours).abs() <= allowed).all())
+        verdict = torch.tensor([float(not same), float(largest > 0)], dtype=torch.float64, device=logits.device)
+        connect_all(self._group).all_reduce(verdict)
+        if verdict[0]:
+            raise ValueError(
+                f"SequenceParallel: {self._name} changes logits after its head, in a way that is not known here, so a loss "
+                "from hidden states would be another one; leave loss_tile out"
+            )
+        return bool(verdict[1])
+
+
+@dataclass
+class _Catch:
+    """Stands before a head."""
+
+    tokens: int | None = None
+    hidden: Tensor | None = None
+
+
+def _stand_before(head: nn.Module) -> _Catch:
+    """The catch before ``head``. It is kept in the module, so that a copy of the model has one of its own."""
+    catch = vars(head).get("ringflash_catch")
+    if not isinstance(catch, _Catch):
+        catch = vars(head)["ringflash_catch"] = _Catch()
+        head.register_forward_pre_hook(_stop_here)
+    return catch
+
+
+def _stop_here(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    catch, hidden = vars(head)["ringflash_catch"], args[0]
+    if catch.tokens is None:
+        return None
+    if hidden.ndim != 3 or hidden.shape[1] != catch.tokens:
+        raise ValueError(
+            f"SequenceParallel: a tensor of shape {tuple(hidden.shape)} entered the head ({type(head).__name__}); with "
+            f"loss_tile these are the hidden states [batch, {catch.tokens}, dim] of this rank"
+        )
+    catch.hidden, catch.tokens = hidden, None
+    return (hidden[:, :1], *args[1:])
+
+
+class _Stated(torch.autograd.Function):
+    """A number whose value is stated, the same on all ranks, and whose gradient is that of this rank's share."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Tied(torch.autograd.Function):
+    """A number as it is, whose backward also passes through ``output``, with gradient zero."""
+
+    @staticmethod
+    def forward(ctx: Any, number: Tensor, output: Tensor) -> Tensor:
+        ctx.shape, ctx.like = output.shape, output.new_empty(0)
+        return number.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, ctx.like.new_zeros(ctx.shape)
