@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Train on all GPUs of one machine; without GPUs, on two processes of its CPU.
+#
+#     launch/cluster/torchrun.sh launch/train.py --check
+#     launch/cluster/torchrun.sh launch/finetune_hf.py --data 2 --context 4 --engine fsdp
+#     PROCESSES=2 launch/cluster/torchrun.sh launch/train.py --device cpu
+#
+# PROCESSES is one per GPU by default, PYTHON the interpreter. Whatever stands behind the script are its options.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+if [[ $# -eq 0 || $1 == -* ]]; then
+    echo "usage: launch/cluster/torchrun.sh SCRIPT [OPTIONS OF THE SCRIPT]; as in launch/train.py --check" >&2
+    exit 2
+fi
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=python3
+    if [[ -x $HERE/../../.venv/bin/python ]]; then PYTHON=$HERE/../../.venv/bin/python; fi
+fi
+if [[ -z ${PROCESSES:-} ]]; then
+    PROCESSES=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+    if [[ $PROCESSES -eq 0 ]]; then PROCESSES=2; fi
+fi
+
+source "$HERE/settings.sh"
+# Planning and reading run on the CPU: torchrun would give each process one thread, and more than the cores in sum is slower.
+CORES=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > PROCESSES ? CORES / PROCESSES : 1))}"
+
+# --standalone: a free port of this machine, so that two runs on it do not meet.
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$PROCESSES" "$@"

@@ -1,0 +1,151 @@
+"""Templates for clusters: they parse, they pass options that exist, every setting is explained, and they run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune_options
+import options
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "launch" / "cluster"
+GUIDE = (ROOT / "docs" / "cluster.md").read_text()
+SHELL = ("settings.sh", "torchrun.sh", "slurm.sbatch")
+TEXTS = {**{name: (CLUSTER / name).read_text() for name in (*SHELL, "pytorchjob.yaml")}, "cluster.md": GUIDE}
+SETTING = re.compile(r"^ *#? *(?:export |- name: )([A-Z][A-Z_]+)\b", re.M)
+
+
+def settings(text: str) -> set[str]:
+    """The settings of NCCL, torch and threads that a template makes, also those behind a #."""
+    return {name for name in SETTING.findall(text) if "_" in name}
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_a_script_parses(name: str) -> None:
+    """A misplaced quote would show only when the job has waited for its nodes."""
+    done = subprocess.run(["bash", "-n", CLUSTER / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_job_is_what_the_operator_expects() -> None:
+    """Two kinds of replicas with one template; a container of the one name that the operator looks for."""
+    job = pytest.importorskip("yaml").safe_load(TEXTS["pytorchjob.yaml"])
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert set(replicas) == {"Master", "Worker"} and replicas["Master"]["replicas"] == 1
+    assert replicas["Master"]["template"] == replicas["Worker"]["template"]
+    (container,) = replicas["Master"]["template"]["spec"]["containers"]
+    assert container["name"] == "pytorch"
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert job["spec"]["nprocPerNode"] == str(gpus)  # text, as the operator's schema has it
+    ranks = gpus * sum(replica["replicas"] for replica in replicas.values())
+    grid = [int(re.search(rf"--{axis} (\d+)", container["args"][0]).group(1)) for axis in ("data", "context")]  # type: ignore[union-attr]
+    assert grid[0] * grid[1] == ranks
+    assert all(isinstance(setting["value"], str) for setting in container["env"])
+
+
+def test_every_setting_is_explained_in_its_place_and_in_the_guide() -> None:
+    """Settings that nobody can explain are copied for ever."""
+    named = {name: settings(TEXTS[name]) for name in ("settings.sh", "pytorchjob.yaml")}
+    assert len(named["settings.sh"]) > 6
+    assert named["pytorchjob.yaml"] == named["settings.sh"] | {"OMP_NUM_THREADS"}
+    assert "OMP_NUM_THREADS" in settings(TEXTS["torchrun.sh"]) & settings(TEXTS["slurm.sbatch"])
+    for setting in set.union(*named.values()):
+        assert re.search(rf"^\| `{setting}` \| .+ \| .+ \|$", GUIDE, re.M), setting
+    lines = TEXTS["settings.sh"].splitlines()
+    for before, line in pairwise(lines):
+        assert not SETTING.match(line) or before.startswith("# "), line
+    for line in TEXTS["pytorchjob.yaml"].splitlines():
+        assert not SETTING.match(line) or line.count("#") == 1 + line.lstrip().startswith("#"), line
+
+
+def test_settings_of_torch_exist() -> None:
+    """A misspelt variable does nothing, and says nothing."""
+    folder = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "distributed" / "c10d"
+    headers = "".join((folder / name).read_text() for name in ("ProcessGroupNCCL.hpp", "FlightRecorder.hpp"))
+    named = set(re.findall(r"\bTORCH_(?:NCCL|FR)_[A-Z_]+", "".join(TEXTS.values()))) - {"TORCH_FR_DUMP_TEMP_FILE"}
+    assert len(named) >= 5 and all(f'"{name}"' in headers for name in named), named
+
+
+def test_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option behind a script's name, in templates and in the guide, is one of that script's."""
+    known = {}
+    for script, parse in (("train", options.parse), ("finetune_hf", finetune_options.parse)):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        known[script] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    used = [
+        found
+        for text in TEXTS.values()
+        for found in re.findall(r"launch/(train|finetune_hf)\.py((?: +[^`\n|]+)?)", text)
+    ]
+    assert len(used) > 5
+    for script, rest in used:
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known[script], (script, rest)
+    for option in re.findall(r"`(--[a-z-]+)(?: [^`]*)?`", GUIDE):
+        assert option in known["train"], option
+
+
+TRAIN = ("launch/train.py", "--device", "cpu", "--steps", "2", "--seq-length", "64", "--layers", "1")
+
+
+def run(script: str, *arguments: object, environment: dict[str, str], status: int = 0) -> str:
+    """What a template prints, run on this machine's CPU."""
+    variables = {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["bash", str(CLUSTER / script), *map(str, arguments)]
+    environment = {**os.environ, **variables, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_template_without_a_script_says_how_to_use_it(tmp_path: Path) -> None:
+    """The script's options alone are the likely mistake."""
+    assert "usage: launch/cluster/torchrun.sh SCRIPT" in run("torchrun.sh", "--check", environment={}, status=2)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    assert "usage: sbatch launch/cluster/slurm.sbatch SCRIPT" in run("slurm.sbatch", environment=slurm, status=2)
+
+
+@pytest.mark.slow
+def test_one_machine_trains(tmp_path: Path) -> None:
+    """Two processes of a CPU share a sample, with the settings of the template."""
+    environment = {"PROCESSES": "2", "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "hangs" / "rank_")}
+    out = run("torchrun.sh", *TRAIN, "--validation-samples", 1, "--out", tmp_path / "out", environment=environment)
+    assert "2 process(es) on cpu: data 1 x context 2" in out and "step     2/2  loss" in out
+    assert (tmp_path / "hangs").is_dir()
+
+
+@pytest.mark.slow
+def test_two_nodes_train_and_a_requeued_job_goes_on(tmp_path: Path) -> None:
+    """Slurm as played by two scripts: a step of a job starts once per node, here all on this machine."""
+    fakes = tmp_path / "bin"
+    fakes.mkdir()
+    (fakes / "scontrol").write_text("#!/bin/bash\nprintf 'localhost\\nlocalhost\\n'\n")
+    (fakes / "srun").write_text(
+        '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=1 "$@" &\nSLURM_NODEID=0 "$@" && wait $!\n'
+    )
+    for fake in fakes.iterdir():
+        fake.chmod(0o755)
+    slurm = {"SUBMIT_DIR": str(ROOT), "GPUS_PER_NODE": "cpu:1", "CPUS_PER_TASK": "1", "NNODES": "2"}
+    slurm |= {"JOB_NODELIST": "node[1-2]", "JOB_ID": str(os.getpid())}
+    environment = {f"SLURM_{name}": value for name, value in slurm.items()} | {
+        "PATH": f"{fakes}{os.pathsep}{os.environ['PATH']}",
+        "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "hangs" / "rank_"),
+    }
+    command = (*TRAIN, "--validation-samples", 1, "--out", tmp_path / "out")
+    first = run("slurm.sbatch", *command, "--stop-at", 1, environment=environment)
+    assert "2 process(es) on cpu: data 1 x context 2" in first and "step     1/2  loss" in first
+    again = run("slurm.sbatch", *command, environment=environment | {"SLURM_RESTART_COUNT": "1"})
+    assert "1 steps, 1 samples done" in again and "step     2/2  loss" in again
