@@ -21,7 +21,7 @@ Of nested checkpoints the innermost decides. torch.compile may be around the che
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -179,7 +179,7 @@ def _await(tensors: tuple[Tensor, ...]) -> None:
             torch.cuda.current_stream(x.device).wait_stream(_copies(x.device))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
     """The stream on which copies from and to ``device`` are made, in their order."""
     return torch.cuda.Stream(device)

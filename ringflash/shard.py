@@ -147,7 +147,7 @@ class Sharding:
         """The global positions that this rank holds, int64 ``[local_length]``, ascending."""
         return torch.tensor(self._held.positions(self.rank))
 
-    @property
+    @cached_property
     def most_tokens(self) -> int:
         """The most positions that any rank holds: what all ranks can agree on where their own numbers differ."""
         return max(map(self._held.tokens, range(self.ranks)))

@@ -58,7 +58,7 @@ def tiled_cross_entropy(
     """
     if hidden.ndim != 3 or not hidden.is_floating_point():
         raise ValueError(
-            f"tiled_cross_entropy: hidden is {tuple(hidden.shape)} of {hidden.dtype}; floating point [batch, seq, dim] is needed"
+            f"tiled_cross_entropy: hidden is {tuple(hidden.shape)} of {hidden.dtype}; floats [batch, seq, dim] are needed"
         )
     if labels.shape != hidden.shape[:2] or labels.dtype != torch.int64:
         raise ValueError(
@@ -82,8 +82,8 @@ def tiled_cross_entropy(
 class Tiled(nn.Module):
     """``module``, a map ``[b, s, dim] -> [b, s, dim']`` that is local to a token, run on ``tile`` tokens at a time.
 
-    What ``module`` keeps for backward is computed again there, tile by tile. It sees ``[1, n, dim]`` with n up to
-    ``tile``, over the rows of a batch. It takes and returns one tensor.
+    What ``module`` keeps for backward is computed again there, tile by tile (inside a checkpoint for the third time). It sees
+    ``[1, n, dim]`` with n up to ``tile``, over the rows of a batch. It takes and returns one tensor.
 
     It stands in the place of ``module``: the parameters, buffers and children of both are the same dictionaries, so the
     names in ``state_dict`` and ``named_parameters`` are unchanged, other attributes are those of ``module``, and what
@@ -135,7 +135,7 @@ class Tiled(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "sharding":  # counted here, so that a captured forward reads a plain number
-            super().__setattr__("most_tokens", 0 if value is None else value.most_tokens)
+            self.__dict__["most_tokens"] = 0 if value is None else value.most_tokens
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -158,9 +158,10 @@ def tile_modules(model: nn.Module, name: str, tile: int) -> int:
     """
     owners = [owner for owner in model.modules() if owner._modules.get(name) is not None]
     if not owners:
-        have = sorted({path.rpartition(".")[2] for path, _ in model.named_modules() if path})
+        names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
         raise ValueError(
-            f"tile_modules: no submodule of {type(model).__name__} is called {name!r}; there are {', '.join(have)}"
+            f"tile_modules: no submodule of {type(model).__name__} is called {name!r}; there are "
+            + ", ".join(sorted(x for x in names if x and not x.isdigit()))
         )
     for owner in owners:
         setattr(owner, name, Tiled(getattr(owner, name), tile))
