@@ -26,41 +26,32 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
 
-from options import UsageError
-from ranks import Ranks, whole
+from engines import Engine
+from ranks import Ranks
+from run_options import UsageError
 
 FORMAT = 1
 FOLDER = re.compile(r"step-(\d{8})")
 
 
-def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], ranks: Ranks, keep: int
-) -> None:
+def save(folder: Path, engine: Engine, state: Mapping[str, Any], ranks: Ranks, keep: int) -> None:
     """Write ``folder/step-N`` (N is ``state["step"]``) and remove all but the ``keep`` newest.
 
-    Every rank must call it: under FSDP2 the whole tensors are gathered, one at a time. Rank 0 alone writes. ``model``
-    is the bare model (FSDP2 or not), never a wrapper around it: names in the file must not depend on wrappers.
+    Every rank must call it: whole tensors are gathered, one at a time, where an engine has spread them. Rank 0 alone writes.
+    Names in the files are those of the bare model, whatever is wrapped around it.
     """
     tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-    for name, parameter in model.named_parameters():
-        _collect(tensors["model"], name, parameter, ranks)
-        for key, value in optimizer.state.get(parameter, {}).items():
-            _collect(tensors["optimizer"], f"{name}/{key}", value, ranks)
+    for kind, values in (("model", engine.parameters()), ("optimizer", engine.moments())):
+        for name, value in values:
+            if ranks.first:
+                tensors[kind][name] = value.to("cpu", copy=True).contiguous()
     if ranks.first:
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        _write(folder, tensors, {**state, "optimizer_groups": groups, "random": _random_states()})
+        _write(folder, tensors, {**state, "optimizer_groups": engine.groups(), "random": _random_states()})
         steps = _steps(folder)
         for step in steps[: max(0, len(steps) - keep)]:
             shutil.rmtree(folder / _name(step))
-
-
-def _collect(tensors: dict[str, Tensor], name: str, value: Tensor, ranks: Ranks) -> None:
-    full = whole(value)
-    if ranks.first:
-        tensors[name] = full.to("cpu", copy=True).contiguous()
 
 
 def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -119,7 +110,7 @@ def refuse_mismatch(state: Mapping[str, Any], expected: Mapping[str, Mapping[str
         raise UsageError(f"--resume: the checkpoint is of another run ({'; '.join(differences)})")
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
     """Fill a model and its optimizer from a checkpoint, restore the random states, return the JSON half.
 
     Every rank reads the same files. Works on another number of ranks and under another engine than the writer's. The
@@ -127,49 +118,12 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     """
     state = read_state(checkpoint)
     saved = load_file(checkpoint / "model.safetensors")
-    moments = load_file(checkpoint / "optimizer.safetensors")
-    parameters = dict(model.named_parameters())
-    if saved.keys() != parameters.keys():
-        raise UsageError(f"--resume: {checkpoint} has other parameters: {sorted(saved.keys() ^ parameters.keys())}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(_spread_like(parameter, saved[name]))
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer.load_state_dict(_optimizer_state(order, parameters, moments, state["optimizer_groups"], optimizer))
+    names = {name for name, _ in engine.model.named_parameters()}
+    if saved.keys() != names:
+        raise UsageError(f"--resume: {checkpoint} has other parameters: {sorted(saved.keys() ^ names)}")
+    engine.fill(saved, load_file(checkpoint / "optimizer.safetensors"), state["optimizer_groups"])
     _restore_random(state["random"])
     return state
-
-
-def _optimizer_state(
-    order: list[str],
-    parameters: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    scalars: list[dict[str, Any]],
-    optimizer: torch.optim.Optimizer,
-) -> dict[str, Any]:
-    """The dictionary that ``Optimizer.load_state_dict`` wants: parameters by number, in the order of their groups."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in moments.items():
-        name, _, kind = key.rpartition("/")
-        entry = state.setdefault(order.index(name), {})
-        entry[kind] = _spread_like(parameters[name], value) if value.shape == parameters[name].shape else value
-    groups, number = [], 0
-    for group, saved in zip(optimizer.param_groups, scalars, strict=True):
-        size = len(group["params"])
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}  # JSON has no tuples
-        groups.append({**values, "params": list(range(number, number + size))})
-        number += size
-    return {"state": state, "param_groups": groups}
-
-
-def _spread_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """This rank's part of ``value``, laid out as ``parameter`` is. Every rank holds ``value``: nothing is sent."""
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(
-            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    return value.to(parameter.device)
 
 
 def _random_states() -> dict[str, Any]:

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from options import UsageError
+from run_options import UsageError
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 HELD_OUT = 0.05  # share of the files (of the bytes, if there is one file only) that is kept for validation
@@ -46,7 +46,24 @@ class Corpus:
     source: str
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Whole documents: what is trained on, and others to validate on."""
+
+    train: list[bytes]
+    validation: list[bytes]
+    source: str
+
+
 def read_corpus(path: Path | None = None) -> Corpus:
+    """The documents of ``read_texts``, joined."""
+    texts = read_texts(path)
+    halves = [np.frombuffer(b"\0".join(half), dtype=np.uint8) for half in (texts.train, texts.validation)]
+    digest = hashlib.sha256(b"\0".join(half.tobytes() for half in halves)).hexdigest()
+    return Corpus(halves[0], halves[1], digest, texts.source)
+
+
+def read_texts(path: Path | None = None) -> Texts:
     """Read a file or a folder of text; None is the Python standard library.
 
     Empty files and copies of an earlier file are dropped, so that no text is in both halves. Whether a file is held
@@ -60,7 +77,7 @@ def read_corpus(path: Path | None = None) -> Corpus:
     if root.is_file():
         whole = root.read_bytes()
         cut = int(len(whole) * (1 - HELD_OUT))
-        return _joined([whole[:cut]], [whole[cut:]], str(root))
+        return Texts([whole[:cut]], [whole[cut:]], str(root))
     documents = _documents(root, ".py" if path is None else "")
     if len(documents) < 2:
         raise UsageError(f"--text: folder {str(root)!r} holds {len(documents)} text files; at least 2 are needed")
@@ -68,7 +85,7 @@ def read_corpus(path: Path | None = None) -> Corpus:
     if len(held_out) == len(documents):
         held_out.remove(max(held_out, key=_lot))
     train = [text for name, text in documents.items() if name not in held_out]
-    return _joined(train, [documents[name] for name in sorted(held_out)], str(root))
+    return Texts(train, [documents[name] for name in sorted(held_out)], str(root))
 
 
 def _documents(root: Path, suffix: str) -> dict[str, bytes]:
@@ -90,12 +107,6 @@ def _documents(root: Path, suffix: str) -> dict[str, bytes]:
 def _lot(name: str) -> float:
     """A number in [0, 1) that a name draws once and for all."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-def _joined(train: list[bytes], validation: list[bytes], source: str) -> Corpus:
-    halves = [np.frombuffer(b"\0".join(half), dtype=np.uint8) for half in (train, validation)]
-    digest = hashlib.sha256(b"\0".join(half.tobytes() for half in halves)).hexdigest()
-    return Corpus(halves[0], halves[1], digest, source)
 
 
 def share(first_sample: int, batch: int, data_rank: int, data_ranks: int) -> range:

@@ -42,7 +42,8 @@ def draw_curve(folder: Path, title: str, step_tokens: int, chance: float | None)
 
 
 def _draw_loss(panel: Any, records: list[dict[str, Any]], bits: bool) -> None:
-    key, unit = ("bits_per_byte", "bits per byte") if bits else ("loss", "nats per answer")
+    bits = bits and all("bits_per_byte" in record for record in records)
+    key, unit = ("bits_per_byte", "bits per byte") if bits else ("loss", "nats per target")
     steps, losses = _series(records, "train", key)
     window = max(2, len(losses) // 30)
     panel.plot(steps, losses, color=TRAIN, linewidth=0.8, label="training, each step")

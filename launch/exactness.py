@@ -14,19 +14,21 @@ and prints how far off that is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ringflash as rf
 from byte_transformer import VOCABULARY, ByteTransformer, ModelConfig
+from engines import comparable, share, spread
 from options import Options
-from ranks import Ranks, spread, whole
+from ranks import Ranks
 from ringflash.mask import Mask
+from run_options import RunOptions
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 CONFIG = ModelConfig(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, hidden=48)
@@ -36,11 +38,14 @@ Gradients = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Exactness:
-    """Relative errors of one comparison, each the worst over ranks; ``parameter`` has the worst gradient."""
+    """Relative errors of one comparison, each the worst over ranks; ``parameter`` has the worst gradient.
+
+    ``logits`` and ``control`` are None where there are none to compare.
+    """
 
     dtype: torch.dtype
     loss: float
-    logits: float
+    logits: float | None
     gradients: float
     parameter: str
     control: float | None
@@ -48,16 +53,22 @@ class Exactness:
     @property
     def exact(self) -> bool:
         """True if every error is within the tolerance of the dtype (a NaN is not)."""
-        return all(error <= TOLERANCES[self.dtype] for error in (self.loss, self.logits, self.gradients))
+        errors = (self.loss, self.logits or 0.0, self.gradients)
+        return all(error <= TOLERANCES[self.dtype] for error in errors)
 
 
 def prove(ranks: Ranks, options: Options) -> tuple[bool, str]:
-    """Compare in float64 and in float32, print one line per quantity; return the verdict and the closing line."""
-    results = [compare(ranks, options, dtype) for dtype in TOLERANCES]
+    """Compare in float64 and in float32, where the engine knows both; return the verdict and the closing line."""
+    return report(ranks, options, [compare(ranks, options, dtype) for dtype in comparable(options.engine)])
+
+
+def report(ranks: Ranks, options: RunOptions, results: Sequence[Exactness]) -> tuple[bool, str]:
+    """Print one line per quantity; return whether all is exact, and the closing line of the run."""
     for result in results:
         kind = f"check {_name(result.dtype)}"
         ranks.say(f"{kind}  loss           relative error {result.loss:.1e}")
-        ranks.say(f"{kind}  logits         relative error {result.logits:.1e}")
+        if result.logits is not None:
+            ranks.say(f"{kind}  logits         relative error {result.logits:.1e}")
         ranks.say(f"{kind}  raw gradients  relative error {result.gradients:.1e} (worst: {result.parameter})")
         if result.control is not None:
             ranks.say(f"{kind}  control: without the ring gradients would be {result.control:.1e} off")
@@ -67,7 +78,8 @@ def prove(ranks: Ranks, options: Options) -> tuple[bool, str]:
         f"allowed {TOLERANCES[result.dtype]:.0e}"
         for result in results
     )
-    place = f"{ranks.size} rank(s) (data {ranks.data} x context {ranks.context}, {options.engine}) against one process"
+    grid = f"data {ranks.data} x context {ranks.context}, {options.engine_name}"
+    place = f"{ranks.size} rank(s) ({grid}) against one process"
     return exact, f"exactness: {'equal' if exact else 'NOT EQUAL'}, {place}, worst relative errors: {figures}"
 
 
@@ -79,22 +91,21 @@ def compare(ranks: Ranks, options: Options, dtype: torch.dtype) -> Exactness:
     inputs, targets = _samples(2 * ranks.data, length, ranks.device)
     reference = _model(config, mask, ranks.device, dtype)
     logits, loss = _alone(reference, inputs, targets)
-    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+    expected = raw_gradients(reference)
 
-    model = _model(config, None, ranks.device, dtype)
-    callable_model, wrapper = spread(model, ranks, options.engine, mask, options.placement)
+    wrapped = spread(_model(config, None, ranks.device, dtype), ranks, mask, options.placement)
+    engine = share(wrapped, ranks, options.engine, still, zero_stage=options.stage)
     mine = ranks.rows(0, len(inputs))
-    out = callable_model(input_ids=inputs[mine.start : mine.stop], shift_labels=targets[mine.start : mine.stop])
-    out.loss.backward()
-    gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}  # type: ignore[arg-type]
-    worst, parameter = _worst(gradients, expected)
-    assert wrapper.sharding is not None  # the forward has set it
-    unsharded = wrapper.sharding.unshard(out.logits.detach(), dim=1)
+    out = engine.forward(input_ids=inputs[mine.start : mine.stop], shift_labels=targets[mine.start : mine.stop])
+    engine.backward(out.loss)
+    error, parameter = worst(dict(engine.gradients()), expected)
+    assert wrapped.sharding is not None  # the forward has set it
+    unsharded = wrapped.sharding.unshard(out.logits.detach(), dim=1)
     return Exactness(
         dtype,
-        ranks.largest(_distance(out.loss, loss)),
-        ranks.largest(_distance(unsharded, logits[mine.start : mine.stop])),
-        ranks.largest(worst),
+        ranks.largest(distance(out.loss, loss)),
+        ranks.largest(distance(unsharded, logits[mine.start : mine.stop])),
+        ranks.largest(error),
         parameter,
         _control(ranks, options, config, mask, (inputs, targets), dtype, expected),
     )
@@ -114,8 +125,7 @@ def _control(
     shard = -(-samples[0].shape[1] // ranks.context)
     lonely = _model(config, mask & rf.chunks(shard), ranks.device, dtype)
     _alone(lonely, *samples)
-    gradients = {name: parameter.grad for name, parameter in lonely.named_parameters() if parameter.grad is not None}
-    return _worst(gradients, expected)[0]
+    return worst(raw_gradients(lonely), expected)[0]
 
 
 def _model(config: ModelConfig, mask: Mask | None, device: torch.device, dtype: torch.dtype) -> ByteTransformer:
@@ -142,14 +152,25 @@ def _alone(model: ByteTransformer, inputs: Tensor, targets: Tensor) -> tuple[Ten
     return logits.detach(), loss.detach()
 
 
-def _worst(gradients: Gradients, expected: Gradients) -> tuple[float, str]:
+def still(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer for an engine that is to compute gradients and take no step."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0)
+
+
+def raw_gradients(model: nn.Module) -> Gradients:
+    """By name, of a model that no engine shares."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def worst(gradients: Gradients, expected: Gradients) -> tuple[float, str]:
     """The largest relative error of a parameter's gradient, and the name of the parameter."""
-    errors = {name: _distance(gradients[name], expected[name]) for name in expected}
+    lost = {name: torch.full_like(expected[name], torch.nan) for name in expected.keys() - gradients.keys()}
+    errors = {name: distance({**gradients, **lost}[name], expected[name]) for name in expected}
     name = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     return errors[name], name
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def distance(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what was expected."""
     return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
 

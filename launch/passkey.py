@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from corpus import random_state
-from options import UsageError
+from run_options import UsageError
 
 KEYS = 32
 NOISE = 32

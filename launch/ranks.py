@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, what they run on, and how a model is laid over them.
+"""The processes of a run: who they are and what they run on.
 
 Ranks form a grid. Along ``context`` ranks hold shards of the same samples; along ``data`` they hold other samples:
 
@@ -6,8 +6,8 @@ Ranks form a grid. Along ``context`` ranks hold shards of the same samples; alon
     data 0        rank 0       rank 1        the same rows, each rank half of every row
     data 1        rank 2       rank 3        other rows
 
-Weights are the same everywhere, so their gradients are averaged over the whole grid, by DDP or by FSDP2. Without a
-launcher (plain ``python train.py``) the same program is a grid of one.
+Weights are the same everywhere, so their gradients are averaged over the whole grid (``engines.py``). Without a launcher
+(plain ``python train.py``) the same program is a grid of one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,10 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-import ringflash as rf
 from corpus import share
-from options import Placement, UsageError
-from ringflash.mask import Mask
+from run_options import UsageError
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,11 @@ class Ranks:
 
 def fit(data: int, context: int | None) -> int:
     """How many ranks share a sample; ``context=None`` takes what ``data`` leaves of the processes. Sends nothing."""
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        raise UsageError(
+            "accelerate launch --cpu starts one process, whatever --num_processes is; --multi_gpu --num_processes N starts N, "
+            "on a CPU too"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     context = world // max(1, data) if context is None else context
     if data < 1 or data * context != world:
@@ -144,42 +143,6 @@ def finish(status: int = 0) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def spread(
-    model: nn.Module, ranks: Ranks, engine: str, mask: Mask, placement: Placement
-) -> tuple[nn.Module, rf.SequenceParallel]:
-    """Lay a model over the grid: shard its sequence over ``context``, share its weights over everyone.
-
-    Returns what to call in a training step, and the sequence-parallel wrapper in it (for its ``sharding``). The loss
-    is the mean over all targets of the step, and ``gradients="engine"`` scales it so that the engine's average over
-    the grid is its gradient. FSDP2 changes ``model`` in place: its parameters become DTensors, so make the optimizer
-    afterwards.
-    """
-    if engine == "fsdp":
-        for block in model.get_submodule("blocks").children():
-            fully_shard(block, mesh=ranks.everyone)
-        fully_shard(model, mesh=ranks.everyone)
-    everyone = ranks.everyone.get_group()
-    wrapped = rf.SequenceParallel(
-        model,
-        ranks.grid["context"],
-        mask=mask,
-        layout=placement.layout,
-        gradients="engine",
-        tokens_group=everyone,
-        route=placement.route,
-        heads_axis=placement.heads_degree,
-    )
-    if engine == "fsdp":
-        return wrapped, wrapped
-    return DistributedDataParallel(wrapped, process_group=everyone), wrapped
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 has spread over ranks; any other as it is (a collective in the first case)."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import checkpoint
+from engines import Engine
 from options import UsageError
 
 ALONE: Any = SimpleNamespace(first=True)  # what save() needs to know of the ranks of one process
@@ -27,6 +28,7 @@ class Training:
         matrices, vectors = ([p for p in self.model.parameters() if (p.ndim > 1) == many] for many in (True, False))
         groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.1}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9))
+        self.engine = Engine(self.model, self.optimizer, self.model)
         for _ in range(steps):
             self.step()
 
@@ -40,7 +42,7 @@ class Training:
 
     def save(self, folder: Path, step: int, keep: int = 9, **state: Any) -> None:
         """Save as the trainer does."""
-        checkpoint.save(folder, self.model, self.optimizer, {"step": step, **state}, ALONE, keep)
+        checkpoint.save(folder, self.engine, {"step": step, **state}, ALONE, keep)
 
 
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path: Path) -> None:
@@ -53,7 +55,7 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path: Pa
     resumed = Training(seed=1, steps=1)
     resumed.optimizer.param_groups[1].update(lr=5.0, betas=(0.1, 0.1))
     random.seed(5), np.random.seed(5)
-    state = checkpoint.load(checkpoint.latest(tmp_path), resumed.model, resumed.optimizer)
+    state = checkpoint.load(checkpoint.latest(tmp_path), resumed.engine)
     assert (state["step"], state["sample"]) == (3, 12)
     assert resumed.optimizer.param_groups[1]["betas"] == (0.8, 0.9)
     assert (random.random(), np.random.rand()) == drawn
@@ -90,7 +92,7 @@ def test_an_interrupted_write_leaves_the_previous_checkpoint(
             training.save(tmp_path, 2)
 
     assert checkpoint.latest(tmp_path).name == "step-00000001"
-    checkpoint.load(checkpoint.latest(tmp_path), training.model, training.optimizer)
+    checkpoint.load(checkpoint.latest(tmp_path), training.engine)
     assert all(torch.equal(value, saved[name]) for name, value in training.model.state_dict().items())
     training.save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]

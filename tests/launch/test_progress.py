@@ -68,7 +68,7 @@ def test_the_curve_is_a_picture(tmp_path: Path, chance: float | None) -> None:
 def test_tensorboard_is_optional_and_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking for TensorBoard without having it is one sentence with the remedy."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UsageError, match="pip install tensorboard"):
+    with pytest.raises(UsageError, match=r"pip install 'ringflash\[tensorboard\]'"):
         parse(["--tensorboard"])
 
 

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import ROOT, torchrun
 
 import exactness
 import ranks
+import ringflash as rf
 from byte_transformer import ByteTransformer, ModelConfig
+from engines import Engine
+from loop import learning_rate
 from options import UsageError, parse
-from train import learning_rate
 
 Train = Callable[..., str]
 Curve = Callable[[Path], dict[str, list[float]]]
@@ -59,7 +62,7 @@ def test_two_processes_draw_the_curve_of_one(
     assert one["loss"][-1] < one["loss"][0] - 0.05
 
 
-def test_a_run_resumes_on_another_number_of_ranks(
+def test_a_run_resumes_under_another_engine_on_another_number_of_ranks(
     train: Train,
     small: list[str],
     text_folder: Path,
@@ -68,19 +71,31 @@ def test_a_run_resumes_on_another_number_of_ranks(
     curve: Curve,
     tmp_path: Path,
 ) -> None:
-    """Begun on two ranks under DDP, resumed on three under FSDP2, ended on one: the curve has no seam."""
+    """Begun on two ranks under DDP, resumed on 2 x 2 under ZeRO stage 3, ended on three under FSDP2: no seam, one curve."""
     out = tmp_path / "run"
     shutil.copytree(stopped_run[0], out)
     arguments = (*small, "--text", text_folder, "--steps", 8, "--out", out, "--resume")
-    assert "4 steps, 16 samples done" in train(3, *arguments, "--engine", "fsdp", "--stop-at", 6)
-    assert "6 steps, 24 samples done" in train(1, *arguments)
+    zero = ("--engine", "deepspeed", "--zero-stage", 3, "--data", 2, "--check")
+    output = train(4, *arguments, *zero, "--stop-at", 6)
+    assert "4 steps, 16 samples done" in output
+    assert "exactness: equal, 4 rank(s) (data 2 x context 2, deepspeed stage 3)" in output
+    assert "6 steps, 24 samples done" in train(3, *arguments, "--engine", "fsdp")
     resumed, uninterrupted = curve(out), curve(one_process_run)
     assert resumed["loss"] == pytest.approx(uninterrupted["loss"], rel=TOLERANCE)
     assert resumed["gradient_norm"] == pytest.approx(uninterrupted["gradient_norm"], rel=10 * TOLERANCE)
     assert resumed["validation"][-1] == pytest.approx(uninterrupted["validation"][-1], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "fsdp",
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("deepspeed --zero-stage 1", marks=pytest.mark.slow),
+        pytest.param("deepspeed --zero-stage 2", marks=pytest.mark.slow),
+        pytest.param("deepspeed --zero-stage 3", marks=pytest.mark.slow),
+    ],
+)
 def test_data_and_context_ranks_together_equal_one_process(
     train: Train,
     small: list[str],
@@ -91,13 +106,45 @@ def test_data_and_context_ranks_together_equal_one_process(
     engine: str,
 ) -> None:
     """A grid of 2 x 2 ranks takes the steps of one process on the whole batch, whoever shares the weights."""
-    arguments = ("--text", text_folder, "--steps", 8, "--stop-at", 4, "--data", 2, "--context", 2, "--engine", engine)
-    output = train(4, *small, *arguments, "--check", "--out", tmp_path / "run")
-    assert f"exactness: equal, 4 rank(s) (data 2 x context 2, {engine})" in output
+    arguments = ("--text", text_folder, "--steps", 8, "--data", 2, "--context", 2, "--engine", *engine.split())
+    stop = () if "deepspeed" in engine else ("--stop-at", 4)
+    output = train(4, *small, *arguments, *stop, "--check", "--out", tmp_path / "run")
+    assert f"exactness: equal, 4 rank(s) (data 2 x context 2, {engine.replace('--zero-', '')})" in output
     grid, one = curve(tmp_path / "run"), curve(one_process_run)
-    assert grid["loss"] == pytest.approx(one["loss"][:4], rel=TOLERANCE)
-    assert grid["gradient_norm"] == pytest.approx(one["gradient_norm"][:4], rel=10 * TOLERANCE)
+    steps = len(grid["loss"])
+    assert grid["loss"] == pytest.approx(one["loss"][:steps], rel=TOLERANCE)
+    assert grid["gradient_norm"] == pytest.approx(one["gradient_norm"][:steps], rel=10 * TOLERANCE)
     assert grid["validation"][0] == pytest.approx(one["validation"][0], rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_what_ddp_has_written_every_stage_goes_on_with(
+    train: Train,
+    small: list[str],
+    text_folder: Path,
+    one_process_run: Path,
+    stopped_run: tuple[Path, str],
+    curve: Curve,
+    tmp_path: Path,
+) -> None:
+    """Whole moments become parts of ZeRO's flat ones and whole again, stage after stage, on one, two and three ranks."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped_run[0], out)
+    for processes, stage, stop in ((3, 1, 5), (1, 2, 6), (2, 2, 7), (3, 3, 8)):
+        arguments = ("--text", text_folder, "--steps", 8, "--stop-at", stop, "--out", out, "--resume")
+        train(processes, *small, *arguments, "--engine", "deepspeed", "--zero-stage", stage)
+    assert curve(out)["loss"] == pytest.approx(curve(one_process_run)["loss"], rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it(small: list[str], text_folder: Path, tmp_path: Path) -> None:
+    """Its launcher sets what torchrun sets, if it is asked for processes; asked for a CPU, it starts one, and that is said."""
+    program = (ROOT / "launch" / "train.py", *small, "--text", text_folder, "--steps", 2, "--out", tmp_path / "run")
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 1)
+    settled = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    assert "data 1 x context 2, ddp" in torchrun(1, *launcher, "--multi_gpu", *settled, *program)
+    output = torchrun(1, *launcher, "--cpu", *settled, *program, status=1)
+    assert "train.py: error: accelerate launch --cpu starts one process" in output
 
 
 def test_a_mistake_is_one_sentence(train: Train, small: list[str], stopped_run: tuple[Path, str]) -> None:
@@ -123,20 +170,19 @@ def test_a_grid_that_does_not_fill_the_world_is_refused(
 @pytest.mark.parametrize("wrong", ["nothing", "gradients by the number of ranks", "one gradient lost", "loss"])
 def test_the_check_notices_what_it_is_for(alone: ranks.Ranks, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     """A check that cannot fail proves nothing: planted errors of the usual kinds are found, and only those."""
-    spread = exactness.spread
+    share = exactness.share
 
-    def sabotaged(model: torch.nn.Module, *arguments: Any) -> Any:
-        wrapped, wrapper = spread(model, *arguments)
-        for name, parameter in model.named_parameters():
+    def sabotaged(wrapped: rf.SequenceParallel, *arguments: Any, **more: Any) -> Engine:
+        for name, parameter in wrapped.module.named_parameters():
             if wrong == "gradients by the number of ranks":
                 parameter.register_hook(lambda gradient: gradient / 2)
             if wrong == "one gradient lost" and name == "blocks.1.attention_norm.weight":
                 parameter.register_hook(torch.zeros_like)
         if wrong == "loss":
-            wrapper.register_forward_hook(lambda module, inputs, out: out._replace(loss=out.loss * 1.001))
-        return wrapped, wrapper
+            wrapped.register_forward_hook(lambda module, inputs, out: out._replace(loss=out.loss * 1.001))
+        return share(wrapped, *arguments, **more)
 
-    monkeypatch.setattr(exactness, "spread", sabotaged)
+    monkeypatch.setattr(exactness, "share", sabotaged)
     exact, line = exactness.prove(alone, parse([]))
     assert exact == (wrong == "nothing")
     assert line.startswith("exactness: equal" if exact else "exactness: NOT EQUAL")
