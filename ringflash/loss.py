@@ -7,8 +7,8 @@ A mean of means would be wrong (ranks hold different numbers of targets, some no
 value on every rank.
 
 With a *tile* the loss is computed from hidden states, and logits never exist as a whole. The model is not asked to know:
-a catch before its head takes the hidden states and lets the first token through. The logits of that token come out at
-the model's end, and show whether something happens to logits on the way that the loss would leave out.
+a catch at its head takes the hidden states and lets the first token through. The logits of that token come out at the
+model's end, and show whether something happens to logits on the way that the loss would leave out.
 """
 
 from __future__ import annotations
@@ -68,23 +68,21 @@ class Tiles:
         self, head: nn.Module, tile: int, tail: Callable[[Tensor], Tensor] | None, group: Group, name: str
     ) -> None:
         self._head, self._tile, self._tail, self._group, self._name = head, tile, tail, group, name
-        self._trusted = False
-        self._catch = _stand_before(head)
+        self._catch = _stand_at(head)
 
     def expect(self, tokens: int | None) -> None:
         """In the next forward, stop the hidden states of so many tokens before the head; None: let everything pass."""
-        self._catch.tokens, self._catch.hidden = tokens, None
+        self._catch.tokens, self._catch.hidden, self._catch.first = tokens, None, None
 
     def sum(self, logits: Tensor, labels: Tensor, s: Sharding) -> Tensor:
         """Over this rank's tokens. ``logits`` are what the model returned: those of the first token."""
-        hidden = self._catch.hidden
+        hidden, first = self._catch.hidden, self._catch.first
         self.expect(None)
-        if hidden is None:
+        if hidden is None or first is None:
             raise ValueError(
                 f"SequenceParallel: loss_tile is {self._tile}, and nothing entered the head of {self._name}"
             )
-        if not self._trusted:
-            self._trusted = self._refuse_unknown_tail(logits, hidden)
+        self._refuse_unknown_tail(first, logits)
         calls = -(-len(hidden) * s.most_tokens // self._tile)
         here = tiled_cross_entropy(self._logits, hidden, labels, self._tile, calls=calls)
         if logits.requires_grad:  # DDP, FSDP and ZeRO watch what the model returned
@@ -96,53 +94,65 @@ class Tiles:
         return logits if self._tail is None else self._tail(logits)
 
     @torch.no_grad()
-    def _refuse_unknown_tail(self, logits: Tensor, hidden: Tensor) -> bool:
-        """Does the model make other logits of the first token than the head does? All ranks decide together.
+    def _refuse_unknown_tail(self, first: Tensor, logits: Tensor) -> None:
+        """Are the logits of the first token at the model's end those that its head made? All ranks decide together.
 
-        Returns whether that is settled: logits that are all zero (a head that starts at zero) say nothing of what follows.
+        In every forward, and to the bit: a cap shows once logits have grown. Casts do not count. Waits for the device.
         """
-        ours = self._logits(hidden[:, :1])
-        largest = ours.abs().amax() if ours.numel() else torch.zeros((), device=ours.device)
-        allowed = 16 * torch.finfo(logits.dtype).eps * largest
-        same = ours.shape == logits.shape and bool(((logits - ours).abs() <= allowed).all())
-        verdict = torch.tensor([float(not same), float(largest > 0)], dtype=torch.float64, device=logits.device)
-        connect_all(self._group).all_reduce(verdict)
-        if verdict[0]:
+        ours, allowed = first if self._tail is None else self._tail(first), 0.0
+        changed = ours is not first
+        coarse = max(ours.dtype, logits.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        ours, theirs = ours.to(coarse), logits.to(coarse)
+        if changed and ours.numel():  # by the same operations, but there they may have been fused
+            allowed = 16 * torch.finfo(coarse).eps * float(ours.abs().amax())
+        same = ours.shape == theirs.shape and torch.allclose(theirs, ours, rtol=0.0, atol=allowed, equal_nan=True)
+        other = torch.tensor(float(not same), device=logits.device)
+        connect_all(self._group).all_reduce(other)
+        if other:
             raise ValueError(
                 f"SequenceParallel: {self._name} changes logits after its head, in a way that is not known here, so a loss "
                 "from hidden states would be another one; leave loss_tile out"
             )
-        return bool(verdict[1])
 
 
 @dataclass
 class _Catch:
-    """Stands before a head."""
+    """Stands at a head: the hidden states of ``tokens`` that it stopped, and the logits of the first of them."""
 
     tokens: int | None = None
     hidden: Tensor | None = None
+    first: Tensor | None = None
 
 
-def _stand_before(head: nn.Module) -> _Catch:
-    """The catch before ``head``. It is kept in the module, so that a copy of the model has one of its own."""
+def _stand_at(head: nn.Module) -> _Catch:
+    """The catch at ``head``. It is kept in the module, so that a copy of the model has one of its own."""
     catch = vars(head).get("ringflash_catch")
     if not isinstance(catch, _Catch):
         catch = vars(head)["ringflash_catch"] = _Catch()
         head.register_forward_pre_hook(_stop_here)
+        head.register_forward_hook(_note_first)
     return catch
 
 
 def _stop_here(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    catch, hidden = vars(head)["ringflash_catch"], args[0]
+    catch = vars(head)["ringflash_catch"]
     if catch.tokens is None:
         return None
-    if hidden.ndim != 3 or hidden.shape[1] != catch.tokens:
+    hidden = args[0] if args else None
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[1] != catch.tokens:
+        came = f"a tensor of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else "no tensor by place"
         raise ValueError(
-            f"SequenceParallel: a tensor of shape {tuple(hidden.shape)} entered the head ({type(head).__name__}); with "
+            f"SequenceParallel: {came} entered the head ({type(head).__name__}); with "
             f"loss_tile these are the hidden states [batch, {catch.tokens}, dim] of this rank"
         )
     catch.hidden, catch.tokens = hidden, None
     return (hidden[:, :1], *args[1:])
+
+
+def _note_first(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
+    catch = vars(head)["ringflash_catch"]
+    if catch.hidden is not None and catch.first is None:
+        catch.first = logits.detach().clone()  # what follows may change logits in place
 
 
 class _Stated(torch.autograd.Function):

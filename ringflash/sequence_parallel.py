@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -71,6 +72,11 @@ class SequenceParallel(nn.Module):
         super().__init__()
         if gradients not in ("reduce", "engine"):
             raise ValueError(f"SequenceParallel: gradients is {gradients!r}; accepted are 'reduce' and 'engine'")
+        if any(isinstance(module, SequenceParallel) for module in model.modules()):
+            raise ValueError(
+                f"SequenceParallel: {type(model).__name__} is or holds a SequenceParallel, which would cut its part of the "
+                "sequence again; wrap the inner model alone"
+            )
         self._given: dict[str, Any] = dict(
             layout=layout, seq_dims=seq_dims, route=route, loss_tile=loss_tile, head=head
         )
@@ -94,7 +100,7 @@ class SequenceParallel(nn.Module):
                     f"SequenceParallel: tokens_group has {tokens} ranks, group {mine}; gradients='reduce' sums over group "
                     "alone: use 'engine', with DDP or FSDP"
                 )
-            self._sum = GradientSum(model, connect_all(self.spread.group))
+            self._sum = _sum_once(model, self.spread.group)
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -108,7 +114,10 @@ class SequenceParallel(nn.Module):
         if self._sum is not None:
             self._refuse_engines()
             self._sum.watch()
-        return self.spread.leave(self.module(**self.spread.enter(args, kwargs)))
+        try:
+            return self.spread.leave(self.module(**self.spread.enter(args, kwargs)))
+        finally:
+            self.spread.forget()
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: a cache over shards is not there yet, and without one every rank would decode from its own shard alone."""
@@ -133,12 +142,14 @@ class SequenceParallel(nn.Module):
             return getattr(super().__getattr__("module"), name)
 
     def named_parameters(
-        self, prefix: str = "", recurse: bool = True, *args: Any
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters(prefix, True, *args) if recurse else iter(())
+        return self.module.named_parameters(prefix, True, remove_duplicate) if recurse else iter(())
 
-    def named_buffers(self, prefix: str = "", recurse: bool = True, *args: Any) -> Iterator[tuple[str, Tensor]]:
-        return self.module.named_buffers(prefix, True, *args) if recurse else iter(())
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        return self.module.named_buffers(prefix, True, remove_duplicate) if recurse else iter(())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
         """A copy of the model in the same group, with hooks of its own."""
@@ -151,6 +162,31 @@ class SequenceParallel(nn.Module):
             heads_axis=self.spread.heads_axis,
             **self._given,
         )
+
+
+class _SumOver(GradientSum):
+    """A sum that knows its group."""
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        super().__init__(model, connect_all(group))
+        self.group = group
+
+
+_sums: WeakValueDictionary[int, _SumOver] = WeakValueDictionary()  # by id of the model, which lives as long as its sum
+
+
+def _sum_once(model: nn.Module, group: Group) -> GradientSum:
+    """What sums the gradients of ``model``. A model that is wrapped again keeps the one it has: two would sum twice."""
+    if address(group)[1] == 1:
+        return GradientSum(model, connect_all(group))
+    known = _sums.get(id(model))
+    if known is None:
+        known = _sums[id(model)] = _SumOver(model, group)
+    if known.group != group:
+        raise ValueError(
+            "SequenceParallel: an earlier wrapper sums the gradients of model over another group; wrap copy.deepcopy(model)"
+        )
+    return known
 
 
 def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -12,9 +12,9 @@ A framework whose models need more than that (Transformers) appends a finder of 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from ringflash.loss import IGNORED, Mean, Tiles, cross_entropy_sum
 from ringflash.mask import Mask, documents
 from ringflash.route import Route
 from ringflash.shard import Sharding
+from ringflash.tiling import Tiled
 from ringflash.wire import Group, address, resolve, resolve_axes
 
 SEQUENCE_DIMS: dict[str, int | None] = {
@@ -75,7 +76,7 @@ ADAPTERS: list[Callable[[nn.Module, Mask], Adapter | None]] = []
 """Who is asked, in this order, whether a model is theirs; integrations append to it when they are imported."""
 
 
-@dataclass
+@dataclasses.dataclass
 class _Batch:
     """One forward that has entered and not yet left."""
 
@@ -110,7 +111,7 @@ class Spread:
         self.group, self.heads_axis = resolve_axes(group, heads_axis)
         self.tokens_group = self.group if tokens_group is None else resolve(tokens_group)
         self.adapter = next((found for find in ADAPTERS if (found := find(model, mask)) is not None), None)
-        if not any(_takes_part(m) for m in model.modules()):
+        if not any(_takes_part(m) and not isinstance(m, Tiled) for m in model.modules()):
             raise ValueError(
                 f"SequenceParallel: no module of {type(model).__name__} has a sharding attribute, so every rank would attend "
                 "to its own shard alone; use rf.RingAttention, or set self.sharding = None in your attention module and "
@@ -119,7 +120,7 @@ class Spread:
             )
         self._model, self._mask, self._layout, self._route = model, mask, layout, route
         self._seq_dims = SEQUENCE_DIMS | dict(seq_dims or {})
-        self._signature = inspect.signature(innermost(model).forward)
+        self._signature = inspect.signature(_who_names_inputs(model).forward)
         self._mean = Mean(self.tokens_group, engine)
         self._tiles = self._make_tiles(loss_tile, head)
         self._batch: _Batch | None = None
@@ -133,7 +134,7 @@ class Spread:
         else:
             s = self._accept(inputs, s)
         labels = inputs.pop("shift_labels", None)
-        if "position_ids" not in inputs and self._accepts("position_ids"):
+        if inputs.get("position_ids") is None and self._accepts("position_ids"):
             device = next((x.device for x in inputs.values() if isinstance(x, Tensor)), None)
             inputs["position_ids"] = s.positions.to(device)[None]
         self.sharding = s
@@ -170,18 +171,18 @@ class Spread:
             else:
                 here, left = self._tiles.sum(logits, batch.labels, batch.sharding), None
             loss = self._mean.of(here, batch.labels, batch.items)
+        back = batch.back
         for result in (logits, loss):
             if result is not None and result.requires_grad:
                 # activation checkpointing reads the sharding again, when another forward may have set another one
-                result.register_hook(lambda _: batch.back())
-        if isinstance(output, Tensor):
-            return Output(loss, left)
-        try:
-            output.loss = output.loss if batch.labels is None else loss
-            output.logits = left
-        except AttributeError:  # a tuple, a frozen dataclass, or an object without a place for a loss
-            return Output(loss, left)
-        return output
+                result.register_hook(lambda _: back())
+        return Output(loss, left) if isinstance(output, Tensor) else _with_loss(output, loss, left)
+
+    def forget(self) -> None:
+        """A forward is over, also one that failed: keep nothing of it, and let a call of the bare model pass."""
+        self._batch = None
+        if self._tiles is not None:
+            self._tiles.expect(None)
 
     def _by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
         parameters = self._signature.parameters
@@ -305,12 +306,35 @@ class Spread:
         return name in self._signature.parameters
 
 
+def _with_loss(output: Any, loss: Tensor | None, logits: Tensor | None) -> Any:
+    """The model's own object with a loss (its own, where there is none from here), or :class:`Output`."""
+    loss = getattr(output, "loss", None) if loss is None else loss
+    if dataclasses.is_dataclass(output) and not isinstance(output, type) and hasattr(output, "loss"):
+        return dataclasses.replace(
+            output, loss=loss, logits=logits
+        )  # in Transformers, the loss comes first by place, too
+    try:
+        output.loss, output.logits = loss, logits
+    except AttributeError:  # a tuple, or an object without a place for a loss
+        return Output(loss, logits)
+    return output
+
+
 def innermost(model: Any) -> nn.Module:
     """The user's own module inside DDP and torch.compile, whose forward has the names of its inputs."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     inner: nn.Module = model
     return inner
+
+
+def _who_names_inputs(model: nn.Module) -> nn.Module:
+    """The module whose forward has the names of the inputs: wrappers around one child (PEFT) pass on ``*args, **kwargs``."""
+    model = innermost(model)
+    children = list(model.children())
+    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+    passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return _who_names_inputs(children[0]) if passes_on and len(children) == 1 else model
 
 
 def with_padding(mask: Mask, attention_mask: Tensor | None, length: int) -> Mask:

@@ -126,6 +126,23 @@ def test_every_option_of_flash_attn_counts(options: dict[str, Any]) -> None:
     assert_close(got, list(expected))
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_is_passed_on(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No result on a CPU shows it."""
+    told = []
+    q = torch.ones(1, 4, 2, 8)
+    for module, name in ((flash_attn, "flash_attention"), (ring_flash_attn, "ring_attention")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *x, real=real, **o: (told.append(o["deterministic"]), real(*x, **o))[1]
+        )
+    flash_attn.flash_attn_func(q, q, q, deterministic=asked)
+    flash_attn.flash_attn_varlen_func(q[0], q[0], q[0], [0, 4], [0, 4], 4, 4, deterministic=asked)
+    ring_flash_attn.ring_flash_attn_func(q, q, q, deterministic=asked, group=(0, 1))
+    ring_flash_attn.ring_flash_attn_varlen_func(q[0], q[0], q[0], [0, 4], 4, deterministic=asked, group=(0, 1))
+    assert told == [asked] * 4
+
+
 @pytest.mark.parametrize("packing", ["_kvpacked", "_qkvpacked"])
 def test_packed_tensors_are_their_parts(packing: str) -> None:
     """Stacked tensors give what their slices give, and one gradient for all of them, in each of the packed functions."""
@@ -250,9 +267,10 @@ def test_documents_are_cut_one_by_one(name: str, ranks: int) -> None:
     offsets = [x * ranks for x in PACKED]
     *tensors, dout, dlse = whole(offsets[-1], offsets[-1], batch=1)
     seen = oracle.table(oracle.both(oracle.causal(), oracle.window(7, None), oracle.documents(offsets)), offsets[-1])
-    expected = oracle.answer(*tensors, seen, dout, dlse)
+    scoring = OPTIONS["alibi"] | dict(softmax_scale=0.2)
+    expected = oracle.answer(*tensors, seen, dout, dlse, **in_oracle(scoring, offsets[-1], offsets[-1]))
     given = (torch.tensor(PACKED, dtype=torch.int32), 6)
-    options = dict(causal=True, window_size=(7, -1), return_attn_probs=True)
+    options = dict(causal=True, window_size=(7, -1), return_attn_probs=True, **scoring)
 
     def cut(x: Tensor, rank: int) -> Tensor:
         return torch.cat([CUTS[name](x[a:b], rank, ranks) for a, b in pairwise(offsets) if a < b])

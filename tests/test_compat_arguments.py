@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -96,6 +97,18 @@ def test_offsets_on_a_device_are_copied_once() -> None:
     assert first == [0, 3, 8] and arguments.copied_once(offsets) is first
     offsets[1] = 5
     assert arguments.copied_once(offsets) == [0, 5, 8]
+    offsets.data[1] = 6  # as torch.distributed writes: uncounted
+    assert arguments.copied_once(offsets[:]) == [0, 6, 8]
+
+
+def test_the_longest_may_be_any_integer() -> None:
+    """Collators compute it with numpy or torch."""
+    for most in (4, torch.tensor(4), numpy.int64(4)):
+        flash_attn.flash_attn_varlen_func(ROW, ROW, ROW, [0, 2, 6], [0, 2, 6], most, most)
+        with pytest.raises(ValueError, match="max_seqlen_q is 3"):
+            flash_attn.flash_attn_varlen_func(ROW, ROW, ROW, [0, 2, 6], [0, 2, 6], most - 1, most)
+    with pytest.raises(TypeError, match=r"max_seqlen_q is 4\.0; an integer is needed"):
+        flash_attn.flash_attn_varlen_func(ROW, ROW, ROW, [0, 2, 6], [0, 2, 6], 4.0, 4)
 
 
 Q = torch.ones(1, 6, 2, 4)
@@ -141,6 +154,13 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "q has 5 tokens on each rank; a zigzag": ("zigzag_ring_flash_attn_func", (Q[:, :5], Q[:, :5], Q[:, :5]), {}),
     "cu_seqlens is .0, 3, 6.; a zigzag": ("zigzag_ring_flash_attn_varlen_func", (ROW, ROW, ROW, [0, 3, 6], 3), {}),
     "q has 6 tokens on each rank and k 4": ("ring_flash_attn_func", (Q, Q[:, :4], Q[:, :4]), dict(causal=True)),
+    "where causal, window_size or alibi_slopes compares": (
+        "ring_flash_attn_func",
+        (Q, Q[:, :4], Q[:, :4]),
+        dict(alibi_slopes=torch.ones(2)),
+    ),
+    "alibi_slopes is .1, 2.; a tensor": ("flash_attn_func", (Q, Q, Q), dict(alibi_slopes=[1, 2])),
+    "0 tokens for rank 0 of 1": ("llama3_flash_attn_prepare_cu_seqlens", (torch.tensor([0, 0]), True, 0, 1), {}),
     "heads_k_stride is 3; a divisor of the 2": (
         "llama3_flash_attn_varlen_func",
         (ROW, ROW, ROW, None, None, 6, 6, 3, slice(0, 6)),

@@ -46,6 +46,8 @@ class Call:
             raise ValueError(
                 f"{self.caller}: window_size is {limits!r}; a pair (left, right) of distances is needed, -1 for no limit"
             )
+        if not (self.alibi_slopes is None or isinstance(self.alibi_slopes, Tensor)):
+            raise ValueError(f"{self.caller}: alibi_slopes is {self.alibi_slopes!r}; a tensor is needed")
         if self.return_attn_probs and self.dropout_p:
             raise ValueError(
                 f"{self.caller}: return_attn_probs with dropout_p {self.dropout_p} asks for the pattern of dropout "
@@ -85,8 +87,9 @@ def check_ndim(caller: str, ndim: int, shape: str, **named: Tensor) -> None:
 def read_offsets(caller: str, name: str, cu_seqlens: Tensor | Sequence[int], total: int) -> tuple[int, ...]:
     """The offsets of packed documents as host integers, from 0 to ``total`` tokens.
 
-    A tensor on a device is copied to the host when it is first seen, and again after it was changed in place: once per batch
-    if all layers get the same tensor. Host integers (a list, a CPU tensor) cost nothing.
+    A tensor on a device is copied to the host when it is first seen, and again after autograd counted a write to it: once per
+    batch if all layers get the same tensor. ``torch.distributed``, ``.data`` and kernels of one's own write uncounted: after
+    them, pass another tensor (a view, ``x[:]``, is one). Host integers (a list, a CPU tensor) cost nothing.
     """
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -107,7 +110,7 @@ def read_offsets(caller: str, name: str, cu_seqlens: Tensor | Sequence[int], tot
 def check_longest(caller: str, name: str, max_seqlen: int | Tensor, longest: int) -> None:
     """Raise if the longest document is longer than the caller says. Nothing else depends on ``max_seqlen``."""
     most = to_host(max_seqlen) if isinstance(max_seqlen, Tensor) else max_seqlen
-    if not isinstance(most, int):
+    if not hasattr(most, "__index__"):
         raise TypeError(f"{caller}: {name} is {most!r}; an integer is needed")
     if most < longest:
         raise ValueError(f"{caller}: {name} is {most}, and the longest document has {longest} tokens")
@@ -120,9 +123,7 @@ def longest_of(offsets: Sequence[int]) -> int:
 
 def to_host(x: Tensor) -> Any:
     """``x.tolist()``, without waiting for a device that was asked before."""
-    if (
-        x.device.type == "cpu" or x.is_inference()
-    ):  # others may write to a CPU tensor's memory; inference keeps no count
+    if x.device.type == "cpu" or x.is_inference():  # a CPU tensor costs nothing to read; inference keeps no count
         return x.tolist()
     return copied_once(x)
 

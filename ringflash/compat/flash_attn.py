@@ -85,9 +85,9 @@ def flash_attn_varlen_func(
     """Packed documents: ``q [total_q, h, d]``, ``k, v [total_k, h_kv, d]``; ``out``, or ``(out, lse [h, total_q], None)``.
 
     ``cu_seqlens`` are offsets from 0 to the total. They are needed on the host: a CUDA tensor is copied once, and again after
-    somebody wrote to it in place; a list of integers is as good, and copies nothing. Documents with as many queries
-    as keys run in one call. Others, and ``alibi_slopes`` for each document, run document by document.
-    ``max_seqlen`` is checked against the documents.
+    autograd counted a write to it (torch.distributed's are not: pass another tensor); a list of integers is as good, and
+    copies nothing. Documents with as many queries as keys run in one call. Others, and ``alibi_slopes`` for each document,
+    run document by document. ``max_seqlen`` is checked against the documents.
 
     Raises ``ValueError`` for ``block_table``: there is no paged cache.
     """

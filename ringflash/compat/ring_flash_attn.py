@@ -98,10 +98,10 @@ def _whole_rows(name: str, layout: str) -> tuple[Function, Function, Function]:
         group, mask = resolve(group), call.mask()
         for what, x in dict(q=q, k=k).items():
             _check_chunks(name, layout, (0, x.shape[1]), f"{what} has {x.shape[1]} tokens on each rank")
-        if q.shape[1] != k.shape[1] and mask != full:
+        if q.shape[1] != k.shape[1] and (mask != full or alibi_slopes is not None):
             raise ValueError(
-                f"{name}: q has {q.shape[1]} tokens on each rank and k {k.shape[1]}; where causal or window_size compares "
-                "their positions they must agree. rf.Sharding(length, keys=, q_offset=) says how others stand"
+                f"{name}: q has {q.shape[1]} tokens on each rank and k {k.shape[1]}; where causal, window_size or alibi_slopes "
+                "compares their positions they must agree. rf.Sharding(length, keys=, q_offset=) says how others stand"
             )
         ranks = address(group)[1]
         s = _sharding(q.shape[1] * ranks, k.shape[1] * ranks, group, mask, layout)
@@ -158,9 +158,9 @@ def _packed_rows(name: str, layout: str) -> tuple[Function, Function, Function]:
 
         ``q [total, h, d]``, ``k, v [total, h_kv, d]``: this rank's parts of all documents, in order. ``cu_seqlens`` are the
         offsets of these parts, equal on all ranks: those of the whole row divided by the number of ranks. They are needed
-        on the host: a CUDA tensor is copied once, and again after somebody wrote to it in place; a list of integers is
-        as good. Returns ``out`` as q, or with ``return_attn_probs`` ``(out, lse [h, total], None)``. ``dropout_p`` needs
-        ``seed``.
+        on the host: a CUDA tensor is copied once, and again after autograd counted a write to it (torch.distributed's are
+        not: pass another tensor); a list of integers is as good. Returns ``out`` as q, or with ``return_attn_probs``
+        ``(out, lse [h, total], None)``. ``dropout_p`` needs ``seed``.
         """,
     )
     return function, kvpacked(function), qkvpacked(function)
@@ -224,10 +224,10 @@ def llama3_flash_attn_prepare_cu_seqlens(
             f"{caller}: cu_seqlens is {cu_seqlens!r}; a tensor of offsets, int32 [documents + 1], is needed"
         )
     offsets = read_offsets(caller, "cu_seqlens", cu_seqlens, int(cu_seqlens[-1]))
-    if not 0 <= rank < world_size or offsets[-1] % world_size:
+    if not 0 <= rank < world_size or offsets[-1] % world_size or not offsets[-1]:
         raise ValueError(
-            f"{caller}: {offsets[-1]} tokens for rank {rank} of {world_size}; world_size must divide the tokens, and rank be "
-            "below it. rf.Sharding cuts any number of tokens"
+            f"{caller}: {offsets[-1]} tokens for rank {rank} of {world_size}; world_size must divide the tokens, 1 or more, "
+            "and rank be below it. rf.Sharding cuts any number of tokens"
         )
     local = offsets[-1] // world_size
     start, stop = rank * local, (rank + 1) * local
