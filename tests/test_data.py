@@ -134,6 +134,11 @@ def test_epochs_follow_one_another_in_orders_of_their_own() -> None:
     assert all(sorted(np.ravel(epoch)) == sorted(np.concatenate(documents)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and loader.state_dict()["epoch"] == loader.epoch == 3
     assert [[batch["input_ids"].tolist() for batch in same] for _ in range(3)] == epochs
+    for epoch, batches in enumerate(epochs):
+        planned = [[int(token) for piece in row for token in documents[piece.document]] for row in same.plan(epoch)]
+        assert planned == [row for (row,) in batches]
+    same.load_state_dict({**same.state_dict(), "epoch": 2, "rows_done": 1})
+    assert [batch["input_ids"].tolist() for batch in same] == epochs[2][1:] and same.epoch == 3
     other = PackedLoader(documents, 8, (0, 1), shuffle=True, seed=1, drop_last=True)
     assert [batch["input_ids"].tolist() for batch in other] != epochs[0]
 
@@ -212,6 +217,14 @@ def test_a_dataloader_around_it_works_without_workers_and_refuses_them() -> None
         list(torch.utils.data.DataLoader(loader, batch_size=None, num_workers=1))
 
 
+def test_a_batch_has_the_mask_the_route_and_the_device_that_were_asked_for() -> None:
+    """A window that got lost on the way would be trained without a word."""
+    choices: dict[str, Any] = dict(mask=rf.causal & rf.window(2, 0), layout="striped", route="gather")
+    (batch,) = PackedLoader(numbered([5, 3]), 8, (1, 2), drop_last=True, device="meta", **choices)
+    assert batch["sharding"] == rf.Sharding(8, (1, 2), choices.pop("mask") & rf.documents([0, 5, 8]), **choices)
+    assert {x.device.type for x in batch.values() if isinstance(x, Tensor)} == {"meta"}
+
+
 @pytest.fixture
 def eight_processes() -> Iterator[None]:
     """This process as rank 5 of 8 that do not exist: enough to make meshes, and to read."""
@@ -244,8 +257,14 @@ def test_the_axes_of_a_mesh_say_who_reads_what(eight_processes: None) -> None:
             assert torch.equal(batch["sharding"].positions, expected["sharding"].positions)
     with pytest.raises(ValueError, match="group has 4 of 8 ranks, and data is not given"):
         PackedLoader(documents, 32, mesh["context"], **choices)
-    with pytest.raises(ValueError, match="2 data ranks times 8 ranks of group are more than the 8 that there are"):
-        PackedLoader(documents, 32, None, mesh["data"], **choices)
+    with pytest.raises(ValueError, match=r"group and data share ranks \[1, 5\]"):
+        PackedLoader(documents, 32, mesh["data"], mesh["data"], **choices)
+    with pytest.raises(ValueError, match=r"group and data share ranks \[5, 7\]"):
+        PackedLoader(documents, 32, cube["ring", "heads"], cube["ring"], heads_axis="heads", **choices)
+    with pytest.raises(ValueError, match="group has 2 of 8"):
+        PackedLoader(documents, 32, mesh["data"], **choices)
+    with pytest.raises(ValueError, match="4 data ranks times 4 ranks of group are more than the 8 that there are"):
+        PackedLoader(documents, 32, mesh["context"], (1, 4), **choices)
 
 
 class Model(nn.Module):

@@ -57,23 +57,19 @@ def test_a_stream_is_packed_like_a_list(fit: str) -> None:
 
 def test_of_a_stream_only_the_rows_in_work_are_kept() -> None:
     """A rank that kept what it has read would run out of memory on a long stream, those of other data ranks included."""
-    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    given: list[weakref.ref[np.ndarray]] = []
 
-    class Document(list[int]):
-        __hash__ = object.__hash__
+    def document(_: int) -> np.ndarray:
+        tokens = np.ones(8, np.int64)
+        given.append(weakref.ref(tokens))
+        return tokens
 
-        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-            array = np.array(list(self)).view(Kept)
-            alive.add(array)
-            return array
-
-    class Kept(np.ndarray):
-        __hash__ = object.__hash__  # type: ignore[assignment]
-
-    stream = Again([[1] * 8] * 200, Document)
     for fit, most in (("cut", 6), ("best", 8)):
-        loader = PackedLoader(stream, 16, (0, 1), (1, 2), fit=fit, open_rows=2, pad_token=0)  # type: ignore[arg-type]
-        assert max(len(alive) for _ in loader) <= most
+        for rows_done in (0, 80):
+            loader = PackedLoader(Again(range(200), document), 16, (0, 1), (1, 2), fit=fit, open_rows=2, pad_token=0)  # type: ignore[arg-type]
+            loader.load_state_dict({**loader.state_dict(), "rows_done": rows_done})
+            counts = [sum(tokens() is not None for tokens in given) for _ in loader]
+            assert len(counts) == (100 - rows_done) // 2 and 0 < max(counts) <= most
 
 
 def test_an_iterator_has_one_epoch() -> None:
@@ -120,12 +116,24 @@ def test_hugging_face_datasets_are_read_in_slices(tmp_path: Path) -> None:
     )
 
 
+def test_lengths_of_a_dataset_cost_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shuffled dataset of a terabyte would be read whole, on every rank, before the first step."""
+    datasets = pytest.importorskip("datasets")
+    shuffled = datasets.Dataset.from_list(dictionaries()).shuffle(seed=1)
+    expected = [len(x) for x in shuffled["input_ids"]]
+    monkeypatch.setattr(datasets.Dataset, "_getitem", None)
+    loader = PackedLoader(shuffled, 100, (0, 1), **CHOICES)
+    assert [piece.stop - piece.start for row in loader.plan() for piece in row] == expected
+
+
 def test_a_mistaken_hugging_face_dataset_is_refused() -> None:
     """Texts that nobody tokenized, a dataset of splits, lengths that are not those of the documents."""
     datasets = pytest.importorskip("datasets")
     texts = datasets.Dataset.from_dict({"input_ids": ["a text"]})
     with pytest.raises(TypeError, match="tokenize first"):
         rows(texts)
+    with pytest.raises(ValueError, match="there are none"):
+        rows(texts.select([]))
     with pytest.raises(ValueError, match=r"\['text'\]; a column input_ids"):
         rows(texts.rename_column("input_ids", "text"))
     with pytest.raises(TypeError, match=r"a mapping with \['train'\]; pass many documents: a list, a split"):
@@ -135,7 +143,14 @@ def test_a_mistaken_hugging_face_dataset_is_refused() -> None:
         rows(padded)
     wrong = datasets.Dataset.from_dict({"input_ids": LISTS, "length": [5, 9, 1, 31, 12, 3, 14]})
     with pytest.raises(ValueError, match=r"documents\[3\] has 30 tokens, and 31 by its length"):
-        rows(wrong)
+        PackedLoader(wrong, 16, (0, 1), **CHOICES)
+    with pytest.raises(ValueError, match=r"documents\[1\] has 9 tokens, and 8 by its length"):
+        PackedLoader(wrong.remove_columns("length"), 16, (0, 1), lengths=[5, 8, 1, 30, 12, 3, 14], **CHOICES)
+    short = datasets.Dataset.from_dict({"input_ids": LISTS, "labels": [*LISTS[:6], [1] * 13]})
+    with pytest.raises(ValueError, match=r"documents\[6\] has 13 labels, and 14 by its length"):
+        PackedLoader(short, 16, (0, 1), **CHOICES)
+    with pytest.raises(ValueError, match=r"documents\[1\] is empty"):
+        PackedLoader(datasets.Dataset.from_dict({"input_ids": [[1], None]}), 16, (0, 1), **CHOICES)
 
 
 def test_a_map_style_dataset_needs_lengths() -> None:
@@ -221,7 +236,7 @@ def test_a_collated_row_is_packed_documents_to_transformers() -> None:
         (LISTS, dict(overflow="error"), ValueError, "document 3 has 30 tokens and a row 16"),
         (LISTS, dict(pad_token=None), ValueError, "or drop_last=True"),
         (LISTS, dict(pad_token=None, fit="best", drop_last=True), ValueError, "the token that fills it$"),
-        (LISTS, dict(pad_token="<pad>"), TypeError, "the number of a token"),
+        (LISTS, dict(pad_token="<pad>"), TypeError, "pad_token is '<pad>'; an integer is needed"),
         (LISTS, dict(data=(0, 20), drop_last=True), ValueError, "do not fill one batch, 1 x 16 tokens for each of 20"),
         (LISTS, dict(rows=0), ValueError, "rows is 0"),
         (LISTS, dict(layout="balanced", rows=2), ValueError, "documents of one row are dealt out"),
@@ -276,6 +291,13 @@ def test_tokens_with_offsets_that_do_not_fit_are_refused(
         Tokens(tokens, offsets, labels)
 
 
+def test_tokens_may_be_lists_or_tensors_and_numbers_of_numpy() -> None:
+    """What numpy takes without a copy needs no word of its own."""
+    joined, edges = [token for tokens in LISTS for token in tokens], np.cumsum([0, *map(len, LISTS)])
+    for tokens in (joined, torch.tensor(joined)):
+        assert rows(Tokens(tokens, edges), rows=np.int64(1), pad_token=np.int64(999)) == rows(LISTS)
+
+
 def test_a_state_of_other_rows_is_refused() -> None:
     """To go on at row 3 of other rows would repeat some documents and skip others."""
     state = PackedLoader(LISTS, 16, (0, 1), **CHOICES).state_dict()
@@ -283,5 +305,7 @@ def test_a_state_of_other_rows_is_refused() -> None:
     for other in (dict(seed=1), dict(shuffle=True), dict(fit="best"), dict(open_rows=3)):
         with pytest.raises(ValueError, match=f"{next(iter(other))}=.*it cannot go on in this one"):
             PackedLoader(LISTS, 16, (0, 1), **{**CHOICES, **other}).load_state_dict(state)
+    with pytest.raises(ValueError, match="length=None"):
+        PackedLoader(LISTS, 16, (0, 1), **CHOICES).load_state_dict({"epoch": 0, "rows_done": 0})
     with pytest.raises(ValueError, match="documents='7 documents, "):
         PackedLoader(LISTS[:-1], 16, (0, 1), **CHOICES).load_state_dict(state)

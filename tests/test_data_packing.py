@@ -82,6 +82,7 @@ def test_offsets_are_those_of_the_pieces_and_the_padding() -> None:
     [
         (dict(lengths=[3, 0], length=4), "document 1 has 0 tokens"),
         (dict(lengths=[3, 5], length=4, overflow="error"), "document 1 has 5 tokens and a row 4"),
+        (dict(lengths=np.array([3, -1]), length=4), "length of document 1 is -1"),
         (dict(lengths=[], length=0), "length is 0"),
         (dict(lengths=[], length=4, open_rows=0), "open_rows is 0"),
         (dict(lengths=[], length=4, fit="first"), "accepted are 'cut' and 'best'"),
@@ -92,6 +93,14 @@ def test_what_cannot_be_packed_is_refused(wrong: dict[str, Any], message: str) -
     """No document is left out or shortened without a word."""
     with pytest.raises(ValueError, match=message):
         list(pack(**wrong))
+
+
+def test_lengths_that_are_no_integers_are_refused() -> None:
+    """2.7 tokens were 2, and the rest of the document was gone."""
+    for lengths, length in (([2.7], 4), ([2], 4.0)):
+        with pytest.raises(TypeError, match="an integer is needed"):
+            list(pack(lengths, length))  # type: ignore[arg-type]
+    assert list(pack(torch.tensor([2, 3]), np.int64(8))) == list(pack([2, 3], 8))  # type: ignore[arg-type]
 
 
 EXAMPLES = [
@@ -131,6 +140,8 @@ def test_examples_that_no_longer_fit_are_counted() -> None:
         (dict(length=4), EXAMPLES, ValueError, "example 1 has 2 tokens, and the row has room for 1 of 4"),
         (dict(length=4, pad_token=0), [[1], []], ValueError, "example 1 is empty"),
         (dict(length=4, pad_token=0), [[1.5]], TypeError, "float64 of shape"),
+        (dict(length=4, pad_token=0.7), [[1]], TypeError, "pad_token is 0.7; an integer is needed"),
+        (dict(length=4, pad_token=-1), [[1]], ValueError, "pad_token is -1; a number of 0 or more"),
         (dict(length=4, pad_token=0), ["text"], TypeError, "integers in one dimension"),
         (dict(length=4, pad_token=0), [{"text": "a"}], ValueError, "input_ids, its tokens, are needed"),
         (dict(length=4), [{"input_ids": [1, 2], "labels": [1]}], ValueError, "1 labels and 2 tokens"),

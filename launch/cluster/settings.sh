@@ -18,6 +18,11 @@ mkdir -p "$(dirname "$TORCH_FR_DUMP_TEMP_FILE")"
 # Packed documents make buffers of other sizes in every batch; growing segments are not left behind as gaps.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
+# The interpreter: that of a virtual environment in the repository, if there is one.
+VENV=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin/python
+if [[ ! -x $VENV ]]; then VENV=python3; fi
+export PYTHON="${PYTHON:-$VENV}"
+
 # What only you can know; NCCL guesses, and on a machine with several networks it may guess wrong:
 # The interface by which ranks find each other. If they cannot, the start of the run hangs.
 # export NCCL_SOCKET_IFNAME=eth0

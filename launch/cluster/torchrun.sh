@@ -13,16 +13,10 @@ if [[ $# -eq 0 || $1 == -* ]]; then
     echo "usage: launch/cluster/torchrun.sh SCRIPT [OPTIONS OF THE SCRIPT]; as in launch/train.py --check" >&2
     exit 2
 fi
-if [[ -z ${PYTHON:-} ]]; then
-    PYTHON=python3
-    if [[ -x $HERE/../../.venv/bin/python ]]; then PYTHON=$HERE/../../.venv/bin/python; fi
-fi
-if [[ -z ${PROCESSES:-} ]]; then
-    PROCESSES=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-    if [[ $PROCESSES -eq 0 ]]; then PROCESSES=2; fi
-fi
 
 source "$HERE/settings.sh"
+# As torch counts them: those of CUDA_VISIBLE_DEVICES alone.
+PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}
 # Planning and reading run on the CPU: torchrun would give each process one thread, and more than the cores in sum is slower.
 CORES=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > PROCESSES ? CORES / PROCESSES : 1))}"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ringflash.data.documents import whole
+from ringflash.data.packing import number
 from ringflash.mask import Mask, documents
 from ringflash.spread import IGNORED
 
@@ -43,18 +44,18 @@ class PackingCollator:
         overflow: Literal["error", "drop"] = "error",
         mask: Mask | None = None,
     ) -> None:
-        if length < 1:
-            raise ValueError(f"PackingCollator: length is {length}; a row has 1 token or more")
         if overflow not in ("error", "drop"):
             raise ValueError(f"PackingCollator: overflow is {overflow!r}; accepted are 'error' and 'drop'")
         if mask is not None and not isinstance(mask, Mask):
             raise TypeError(f"PackingCollator: mask is {mask!r}; a mask is a value such as rf.causal")
-        self.length, self.pad_token, self.overflow, self.mask = length, pad_token, overflow, mask
+        self.length = number(length, "PackingCollator: length", least=1)
+        self.pad_token = None if pad_token is None else number(pad_token, "PackingCollator: pad_token", least=0)
+        self.overflow, self.mask = overflow, mask
         self.dropped = 0
         """Number of examples that were left out, in this process."""
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
-        packed = self._fitting([whole(example, number) for number, example in enumerate(examples)])
+        packed = self._fitting([whole(example, place) for place, example in enumerate(examples)])
         edges = np.cumsum([0, *(len(tokens) for tokens, _ in packed)])
         if edges[-1] < self.length:
             if self.pad_token is None:
@@ -74,9 +75,9 @@ class PackingCollator:
     def _fitting(self, examples: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The examples that the row takes, in order."""
         taken, room = [], self.length
-        for number, (tokens, labels) in enumerate(examples):
+        for place, (tokens, labels) in enumerate(examples):
             if len(tokens) == 0:
-                raise ValueError(f"PackingCollator: example {number} is empty; leave empty examples out")
+                raise ValueError(f"PackingCollator: example {place} is empty; leave empty examples out")
             if len(tokens) <= room:
                 taken.append((tokens, labels))
                 room -= len(tokens)
@@ -84,7 +85,7 @@ class PackingCollator:
                 self.dropped += 1
             else:
                 raise ValueError(
-                    f"PackingCollator: example {number} has {len(tokens)} tokens, and the row has room for {room} of "
+                    f"PackingCollator: example {place} has {len(tokens)} tokens, and the row has room for {room} of "
                     f"{self.length}; pass fewer examples, or overflow='drop' to leave out what does not fit"
                 )
         return taken

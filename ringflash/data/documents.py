@@ -44,18 +44,18 @@ class Tokens:
     array([5, 6])
     """
 
-    def __init__(self, tokens: np.ndarray, offsets: Any, labels: np.ndarray | None = None) -> None:
-        for name, array in (("tokens", tokens), ("labels", tokens if labels is None else labels)):
-            integers(array, f"Tokens: {name}")
+    def __init__(self, tokens: Any, offsets: Any, labels: Any = None) -> None:
+        tokens = integers(np.asarray(tokens), "Tokens: tokens")
+        labels = tokens if labels is None else integers(np.asarray(labels), "Tokens: labels")
         edges = integers(np.asarray(offsets), "Tokens: offsets").astype(np.int64)
         if len(edges) < 1 or edges[0] != 0 or edges[-1] != len(tokens) or (np.diff(edges) < 0).any():
             raise ValueError(
                 f"Tokens: offsets has {len(edges)} numbers ({edges[:3]} to {edges[-1:]}); they begin with 0, do not decrease, "
                 f"and end with the number of tokens, {len(tokens)}"
             )
-        if labels is not None and len(labels) != len(tokens):
+        if len(labels) != len(tokens):
             raise ValueError(f"Tokens: there are {len(labels)} labels for {len(tokens)} tokens; each token has one")
-        self._tokens, self._labels, self._offsets = tokens, tokens if labels is None else labels, edges
+        self._tokens, self._labels, self._offsets = tokens, labels, edges
         self.lengths = np.diff(edges)
 
     def read(self, document: int, start: int, stop: int) -> Part:
@@ -83,7 +83,7 @@ class Examples:
 
 class Columns:
     """A Hugging Face dataset with a column ``input_ids``, and ``labels`` where they are others. Reads slices of its Arrow
-    table. Lengths are those of a column ``length``, or come from the table's offsets, without a look at the tokens.
+    table. Lengths come from the table's offsets, without a look at the tokens; ``lengths``, or a column ``length``, must agree.
     """
 
     def __init__(self, dataset: Any, lengths: Any) -> None:
@@ -93,15 +93,21 @@ class Columns:
         columns = [name for name in ("input_ids", "labels", "attention_mask") if name in names]
         self._labels, self._padded = "labels" in names, "attention_mask" in names
         self._table = dataset.select_columns(columns).with_format("arrow")
-        for name in columns if len(dataset) else []:
-            column = self._table[:1].column(name)
+        if not len(dataset):
+            raise ValueError("documents: there are none")
+        for name in columns:
+            column = self._table.data.column(name)
             if not hasattr(column.chunk(0), "value_lengths") or "int" not in str(column.type.value_type):
                 raise TypeError(
                     f"documents: column {name} is {column.type}; lists of integers are needed: tokenize first"
                 )
         if lengths is None and "length" in names:
-            lengths = np.asarray(dataset.select_columns(["length"]).with_format("numpy")[:]["length"])
-        self.lengths = self._measure() if lengths is None else lengths
+            lengths = dataset.select_columns(["length"]).with_format("numpy")[:]["length"]
+        self.lengths = self._measure("input_ids") if lengths is None else np.asarray(lengths)
+        for name in columns if len(self.lengths) == len(dataset) else []:  # on every rank, whatever it will read
+            found = self._measure(name)
+            for document in np.flatnonzero(found != self.lengths)[:1]:
+                _agree(document, found[document], self.lengths, "tokens" if name == "input_ids" else name)
 
     def read(self, document: int, start: int, stop: int) -> Part:
         row = self._table[document]
@@ -116,12 +122,12 @@ class Columns:
         tokens = part("input_ids")
         return tokens, part("labels") if self._labels else tokens
 
-    def _measure(self, rows: int = 4096) -> np.ndarray:
-        counts = [np.zeros(0, np.int64)]
-        for first in range(0, len(self._table), rows):
-            for chunk in self._table[first : first + rows].column("input_ids").chunks:
-                counts.append(chunk.value_lengths().to_numpy(zero_copy_only=False))
-        return np.concatenate(counts)
+    def _measure(self, name: str) -> np.ndarray:
+        chunks = self._table.data.column(name).chunks
+        counts = [chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) for chunk in chunks]
+        lengths = np.concatenate(counts)
+        indices = getattr(self._table, "_indices", None)  # a shuffled dataset has its order beside the table
+        return lengths if indices is None else lengths[indices.column(0).to_numpy()]
 
 
 class Stream:
@@ -231,9 +237,9 @@ def integers(array: Any, name: str) -> np.ndarray:
     return found
 
 
-def _agree(document: int, tokens: int, lengths: Any) -> None:
-    if tokens != lengths[document]:
-        raise ValueError(f"documents[{document}] has {tokens} tokens, and {lengths[document]} by its length")
+def _agree(document: int, count: int, lengths: Any, name: str = "tokens") -> None:
+    if count != lengths[document]:
+        raise ValueError(f"documents[{document}] has {count} {name}, and {lengths[document]} by its length")
 
 
 def _refuse_padding(attention_mask: np.ndarray, number: int) -> None:

@@ -23,16 +23,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ringflash.data.documents import Stream, find
-from ringflash.data.packing import Fit, Overflow, Row, pack, used
+from ringflash.data.packing import Fit, Overflow, Row, number, pack, used
 from ringflash.data.reader import Parts, Reader, narrowed
 from ringflash.layout import Layout
 from ringflash.mask import Mask, causal
 from ringflash.route import Route
 from ringflash.shard import Sharding
-from ringflash.wire import Group, address, resolve, resolve_axes
+from ringflash.wire import Grid, Group, address, resolve, resolve_axes
 
 
 class _Step(NamedTuple):
@@ -60,7 +61,8 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
     leaves out what would be in that batch, and without ``pad_token`` an epoch's last row, if it is not full.
     ``shuffle``: each epoch in another order, by ``seed``. ``workers``: processes that read ahead. ``device``: of the tensors.
 
-    One iteration is one epoch, or what is left of it; the next one is the next epoch.
+    One iteration is one epoch, or what is left of it behind the last batch that was yielded; the next one is the next epoch.
+    Every rank is given the same documents, and does the same with its loader.
     """
 
     dropped_tokens: int
@@ -89,6 +91,10 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
         workers: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
+        length, rows = number(length, "PackedLoader: length", 1), number(rows, "PackedLoader: rows", 1)
+        workers, seed = number(workers, "PackedLoader: workers", 0), number(seed, "PackedLoader: seed", 0)
+        open_rows = number(open_rows, "PackedLoader: open_rows", 1)
+        pad_token = None if pad_token is None else number(pad_token, "PackedLoader: pad_token", least=0)
         pack((), length, fit, overflow, open_rows)  # refuses what it cannot do
         self._group, self._data, degree = _grid(group, data, heads_axis)
         self._length, self._rows, self._mask, self._layout, self._route = length, rows, mask, layout, route
@@ -158,10 +164,10 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there, on any number of ranks. Raises ``ValueError`` if that was another order of rows."""
-        mine = self._identity
-        other = [name for name in mine if state["order"].get(name) != mine[name]]
+        mine, order = self._identity, state.get("order", {})
+        other = [name for name in mine if order.get(name) != mine[name]]
         if other:
-            was = ", ".join(f"{name}={state['order'].get(name)!r} (now {mine[name]!r})" for name in other)
+            was = ", ".join(f"{name}={order.get(name)!r} (now {mine[name]!r})" for name in other)
             raise ValueError(
                 f"PackedLoader: the state is of rows in another order, with {was}; it cannot go on in this one"
             )
@@ -201,8 +207,8 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
             self._release(row)
         while True:
             mine, count, tokens = [], 0, 0
-            for number, row in enumerate(islice(rows, self._rows * ranks)):
-                if first <= number < first + self._rows:
+            for place, row in enumerate(islice(rows, self._rows * ranks)):
+                if first <= place < first + self._rows:
                     mine.append(row)
                 else:
                     self._release(row)
@@ -237,13 +243,8 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
 
     def _refuse(self) -> None:
         """Refuse what no loader can be asked for."""
-        for name, value, least in (("rows", self._rows, 1), ("workers", self._workers, 0), ("seed", self._seed, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"PackedLoader: {name} is {value!r}; a number of {least} or more is needed")
         if not isinstance(self._mask, Mask):
             raise TypeError(f"PackedLoader: mask is {self._mask!r}; a mask is a value such as rf.causal")
-        if self._pad_token is not None and not isinstance(self._pad_token, int):
-            raise TypeError(f"PackedLoader: pad_token is {self._pad_token!r}; the number of a token is needed")
         if self._pad_token is None and (self._packing["fit"] != "cut" or not self._drop_last):
             raise ValueError(
                 "PackedLoader: rows may have room left; pass pad_token=, the token that fills it"
@@ -265,7 +266,8 @@ def _grid(group: Group, data: Group, heads_axis: str | int | None) -> tuple[Grou
     """The resolved group, the rank and ranks of ``data``, and the heads degree."""
     group, degree = resolve_axes(group, heads_axis)
     ranks = address(group)[1]
-    among = (0, 1) if data is None else address(resolve(data))
+    others = (0, 1) if data is None else resolve(data)
+    among = address(others)
     if not isinstance(group, tuple) and not hasattr(group, "wire"):
         everyone = address(resolve(None))[1]
         if data is None and ranks < everyone:
@@ -273,11 +275,24 @@ def _grid(group: Group, data: Group, heads_axis: str | int | None) -> tuple[Grou
                 f"PackedLoader: group has {ranks} of {everyone} ranks, and data is not given; say which ranks get other rows: "
                 "data=mesh['data'], or data=(0, 1) if all others compute on the same"
             )
+        both = _processes(group) & _processes(others)
+        if len(both) > 1:
+            raise ValueError(
+                f"PackedLoader: group and data share ranks {sorted(both)}; ranks of group share a row, and those of data get "
+                "different ones: pass two axes of a mesh, group=mesh['context'], data=mesh['data']"
+            )
         if ranks * among[1] > everyone:
             raise ValueError(
                 f"PackedLoader: {among[1]} data ranks times {ranks} ranks of group are more than the {everyone} that there are"
             )
     return group, among, degree
+
+
+def _processes(group: Group) -> set[int]:
+    """Ranks of the world that are known to be in a resolved group."""
+    if isinstance(group, Grid):
+        return _processes(group.ring) | _processes(group.heads)
+    return set(dist.get_process_group_ranks(group)) if isinstance(group, dist.ProcessGroup) else set()
 
 
 def _random_state(*key: int) -> np.random.RandomState:

@@ -12,9 +12,10 @@ where a run stopped. Nothing is kept but the rows that are still open, so length
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Fit = Literal["cut", "best"]
 Overflow = Literal["split", "error"]
@@ -70,10 +71,20 @@ def offsets(row: Row, length: int) -> list[int]:
     return edges if edges[-1] == length else [*edges, length]
 
 
+def number(value: Any, name: str, least: int) -> int:
+    """``value`` as an int, if it is an integer (numpy's are) that is not too small."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; an integer is needed") from None
+    if found < least:
+        raise ValueError(f"{name} is {found}; a number of {least} or more is needed")
+    return found
+
+
 def _refuse(length: int, fit: str, overflow: str, open_rows: int) -> None:
-    for name, value in (("length", length), ("open_rows", open_rows)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"pack: {name} is {value!r}; a number of 1 or more is needed")
+    number(length, "pack: length", least=1)
+    number(open_rows, "pack: open_rows", least=1)
     if fit not in ("cut", "best"):
         raise ValueError(f"pack: fit is {fit!r}; accepted are 'cut' and 'best'")
     if overflow not in ("split", "error"):
@@ -82,8 +93,10 @@ def _refuse(length: int, fit: str, overflow: str, open_rows: int) -> None:
 
 def _counted(lengths: Iterable[int | tuple[int, int]], length: int, overflow: str) -> Iterator[tuple[int, int]]:
     """Pairs of a document and its number of tokens, each of them possible."""
-    for number, entry in enumerate(lengths):
-        document, tokens = entry if isinstance(entry, tuple) else (number, int(entry))
+    for place, entry in enumerate(lengths):
+        document, tokens = entry if isinstance(entry, tuple) else (place, entry)
+        if type(tokens) is not int:
+            tokens = number(tokens, f"pack: the length of document {document}", least=0)
         if tokens < 1:
             raise ValueError(f"pack: document {document} has {tokens} tokens; leave empty documents out")
         if tokens > length and overflow == "error":

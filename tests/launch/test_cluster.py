@@ -20,12 +20,12 @@ CLUSTER = ROOT / "launch" / "cluster"
 GUIDE = (ROOT / "docs" / "cluster.md").read_text()
 SHELL = ("settings.sh", "torchrun.sh", "slurm.sbatch")
 TEXTS = {**{name: (CLUSTER / name).read_text() for name in (*SHELL, "pytorchjob.yaml")}, "cluster.md": GUIDE}
-SETTING = re.compile(r"^ *#? *(?:export |- name: )([A-Z][A-Z_]+)\b", re.M)
+SETTING = re.compile(r"^ *#? *(?:export |- name: )([A-Z]+_[A-Z_]+)\b", re.M)
 
 
 def settings(text: str) -> set[str]:
     """The settings of NCCL, torch and threads that a template makes, also those behind a #."""
-    return {name for name in SETTING.findall(text) if "_" in name}
+    return set(SETTING.findall(text))
 
 
 @pytest.mark.parametrize("name", SHELL)
@@ -115,7 +115,60 @@ def test_a_template_without_a_script_says_how_to_use_it(tmp_path: Path) -> None:
     """The script's options alone are the likely mistake."""
     assert "usage: launch/cluster/torchrun.sh SCRIPT" in run("torchrun.sh", "--check", environment={}, status=2)
     slurm = {"SLURM_SUBMIT_DIR": str(tmp_path)}
-    assert "usage: sbatch launch/cluster/slurm.sbatch SCRIPT" in run("slurm.sbatch", environment=slurm, status=2)
+    for given in ((), ("launch/train.py", "--check")):  # without --out a requeued job could not go on
+        assert "usage: sbatch launch/cluster/slurm.sbatch SCRIPT --out DIR" in run(
+            "slurm.sbatch", *given, environment=slurm, status=2
+        )
+
+
+def program(path: Path, text: str) -> Path:
+    """A shell script that plays a program."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def launcher(tmp_path: Path) -> dict[str, str]:
+    """An interpreter that sees 4 GPUs, and shows what it is called with."""
+    python = program(tmp_path / "python", 'if [[ $1 == -c ]]; then echo 4; else printf "[%s]" "$@"; fi')
+    return {"PYTHON": str(python), "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "hangs" / "rank_")}
+
+
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """Slurm as played by two scripts: a step of a job starts once per node, here all on this machine."""
+    program(tmp_path / "bin" / "scontrol", "printf 'localhost\\nlocalhost\\n'")
+    steps = 'while [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=1 "$@" &\nSLURM_NODEID=0 "$@" && wait $!'
+    program(tmp_path / "bin" / "srun", steps)
+    job = {"SUBMIT_DIR": str(ROOT), "GPUS_PER_NODE": "cpu:1", "CPUS_PER_TASK": "1", "NNODES": "2"}
+    job |= {"JOB_NODELIST": "node[1-2]", "JOB_ID": str(os.getpid())}
+    return {f"SLURM_{name}": value for name, value in job.items()} | {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "hangs" / "rank_"),
+    }
+
+
+def test_there_is_a_process_for_each_gpu_that_torch_sees(tmp_path: Path) -> None:
+    """Other programs also count GPUs that CUDA_VISIBLE_DEVICES hides. Words with blanks stay what they are."""
+    out = run("torchrun.sh", "my script.py", "--out", "a b", environment=launcher(tmp_path))
+    assert out.endswith("[--standalone][--nproc-per-node][4][my script.py][--out][a b]")
+
+
+@pytest.mark.parametrize("out", [("--out", "{}"), ("--out={}",)])
+@pytest.mark.parametrize(
+    ("restarts", "folder", "resumes"),
+    [("0", "step-00000001", False), ("1", "step-00000001", True), ("1", ".writing-00000001", False)],
+)
+def test_a_requeued_job_goes_on_if_there_is_a_checkpoint(
+    tmp_path: Path, out: tuple[str, ...], restarts: str, folder: str, resumes: bool
+) -> None:
+    """A run that began anew, or that refuses to go on from a checkpoint half written, is a night lost."""
+    (tmp_path / "my run" / "checkpoints" / folder).mkdir(parents=True)
+    environment = slurm(tmp_path) | launcher(tmp_path) | {"SLURM_RESTART_COUNT": restarts}
+    words = [word.format(tmp_path / "my run") for word in out]
+    found = run("slurm.sbatch", "train.py", *words, environment=environment)
+    given = "".join(f"[{word}]" for word in ("train.py", *words, *(["--resume"] if resumes else [])))
+    assert found.count(f"{given}[-m]") + found.endswith(given) == 2, found
 
 
 @pytest.mark.slow
@@ -129,21 +182,8 @@ def test_one_machine_trains(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_nodes_train_and_a_requeued_job_goes_on(tmp_path: Path) -> None:
-    """Slurm as played by two scripts: a step of a job starts once per node, here all on this machine."""
-    fakes = tmp_path / "bin"
-    fakes.mkdir()
-    (fakes / "scontrol").write_text("#!/bin/bash\nprintf 'localhost\\nlocalhost\\n'\n")
-    (fakes / "srun").write_text(
-        '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=1 "$@" &\nSLURM_NODEID=0 "$@" && wait $!\n'
-    )
-    for fake in fakes.iterdir():
-        fake.chmod(0o755)
-    slurm = {"SUBMIT_DIR": str(ROOT), "GPUS_PER_NODE": "cpu:1", "CPUS_PER_TASK": "1", "NNODES": "2"}
-    slurm |= {"JOB_NODELIST": "node[1-2]", "JOB_ID": str(os.getpid())}
-    environment = {f"SLURM_{name}": value for name, value in slurm.items()} | {
-        "PATH": f"{fakes}{os.pathsep}{os.environ['PATH']}",
-        "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "hangs" / "rank_"),
-    }
+    """Every node starts its own launcher; the second time the run goes on at its second step."""
+    environment = slurm(tmp_path)
     command = (*TRAIN, "--validation-samples", 1, "--out", tmp_path / "out")
     first = run("slurm.sbatch", *command, "--stop-at", 1, environment=environment)
     assert "2 process(es) on cpu: data 1 x context 2" in first and "step     1/2  loss" in first
