@@ -13,7 +13,7 @@ taken:
 
     checkpoint(block, x, use_reentrant=False, context_fn=rf.keep_attention)
     checkpoint_wrapper(block, context_fn=rf.keep_attention)
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": rf.keep_attention})
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": rf.keep_attention})
 
 Of nested checkpoints the innermost decides. torch.compile may be around the checkpoint (then it is one graph) or inside.
 """
