@@ -1,14 +1,15 @@
 """Proof, on this machine, that a sharded step of a Transformers model is a step of one process.
 
 The model and its weights are those of the run, so are the text, the grid, the layout, the engine, checkpointing and tiles.
-One process computes the same packed rows, one by one, with Transformers' own attention, which learns of documents from
-positions that begin anew. Compared are the loss and the raw gradient of every parameter (``exactness.py``). The control is
-one process whose documents end where contiguous shards would.
+One process computes the documents of the same packed rows, one by one, with Transformers' own attention: nothing can see
+what is not there. Compared are the loss and the raw gradient of every parameter (``exactness.py``), without dropout. The
+control is one process whose documents end where contiguous shards would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,16 +52,14 @@ def prove(ranks: Ranks, options: FinetuneOptions, lesson: PackedText, build: Cal
 
 def _alone(model: nn.Module, batch: dict[str, Any], shard: int) -> Tensor:
     """The loss of all rows on one device, and gradients in the parameters; attention does not cross multiples of shard."""
-    targets = batch["shift_labels"]
-    count = (targets != IGNORED).sum()
-    total = torch.zeros((), device=targets.device)
-    here = torch.arange(targets.shape[1], device=targets.device)
-    for row in range(len(targets)):
-        document = here - batch["position_ids"][row]  # where it begins
-        positions = here - torch.maximum(document, here // shard * shard)
-        ids = batch["input_ids"][row : row + 1]
-        logits = model(input_ids=ids, position_ids=positions[None], use_cache=False).logits
-        loss = F.cross_entropy(logits[0].float(), targets[row], ignore_index=IGNORED, reduction="sum") / count
-        loss.backward()
-        total += loss.detach()
+    count = (batch["shift_labels"] != IGNORED).sum()
+    total = torch.zeros((), device=count.device)
+    here = torch.arange(batch["input_ids"].shape[1], device=count.device)
+    for ids, positions, targets in zip(batch["input_ids"], batch["position_ids"], batch["shift_labels"], strict=True):
+        begins = (positions == 0) | (here % shard == 0)
+        for start, end in pairwise([*begins.nonzero().flatten().tolist(), len(here)]):
+            logits = model(input_ids=ids[None, start:end], use_cache=False).logits[0]
+            loss = F.cross_entropy(logits.float(), targets[start:end], ignore_index=IGNORED, reduction="sum") / count
+            loss.backward()
+            total += loss.detach()
     return total

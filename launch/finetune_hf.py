@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,10 +25,10 @@ from torch import nn
 
 import ringflash as rf
 from corpus import read_texts
-from engines import Engine, blocks, share, spread
+from engines import Engine, blocks, spread
 from exactness_hf import prove
 from finetune_options import FinetuneOptions, UsageError, parse
-from loop import Run, adamw, attempt
+from loop import Run, attempt
 from packed_text import BYTES, PackedText, Reader, read_as
 from ranks import Ranks, finish, fit, start
 from ringflash.checkpointing import keep_attention, keep_attention_on_cpu
@@ -61,7 +62,8 @@ def main(options: FinetuneOptions) -> int:
     lesson = PackedText(texts, reader, options, ranks)
     verdict = "exactness: not checked (--check does)"
     if options.check:
-        exact, verdict = prove(ranks, options, lesson, lambda **how: _build(options, config, ranks, **how))
+        still = _without_dropout(config)
+        exact, verdict = prove(ranks, options, lesson, lambda **how: _build(options, still, ranks, **how))
         ranks.say(verdict)
         if not exact:
             return 1
@@ -72,13 +74,9 @@ def main(options: FinetuneOptions) -> int:
         f"as {'bytes' if reader.tokenizer is None else 'tokens'}"
     )
     ranks.say(_describe(wrapped.module, options, ranks))
-    low = options.low_precision(ranks.device.type)
-    engine = share(
-        wrapped, ranks, options.engine, adamw(options), zero_stage=options.stage, clip=options.clip, autocast=low
-    )
-    run = Run(options, lesson, engine, wrapped, ranks, _identity(config), {})
+    run = Run(options, lesson, wrapped, ranks, _identity(config), {})
     run.train()
-    _save(options, config, engine, reader, ranks)
+    _save(options, config, run.engine, reader, ranks)
     run.close(f"{config.model_type}: {options.seq_length} tokens over {ranks.context} ranks", verdict)
     return 0
 
@@ -103,10 +101,22 @@ def _config(options: FinetuneOptions) -> Any:
     return config
 
 
+def _without_dropout(config: Any) -> Any:
+    """The same model, of which nothing is left to chance: what is dropped on one grid is not on another."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for name, value in text.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(text, name, 0.0)
+    return config
+
+
 def _model(options: FinetuneOptions, config: Any, attention: str) -> Any:
     """The model with float32 weights: the saved ones, or random ones."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = copy.deepcopy(config)  # a model writes its attention there
     how = dict(attn_implementation=attention, dtype=torch.float32)
     try:
@@ -114,7 +124,7 @@ def _model(options: FinetuneOptions, config: Any, attention: str) -> Any:
             return AutoModelForCausalLM.from_pretrained(options.model, config=config, local_files_only=True, **how)
         return AutoModelForCausalLM.from_config(config, **how)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{config.model_type}: {error}") from None
+        raise UsageError(f"{config.model_type}: {str(error).splitlines()[0]}") from None
 
 
 def _build(
@@ -151,19 +161,18 @@ def _save(options: FinetuneOptions, config: Any, engine: Engine, reader: Reader,
     state = {name: value.to("cpu", copy=True) for name, value in engine.parameters() if ranks.first}
     if not ranks.first:
         return
-    os.environ.setdefault(
-        "DS_ACCELERATOR", ranks.device.type
-    )  # or DeepSpeed, if Transformers imports it, looks for one
+    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)  # Transformers may import DeepSpeed, which looks for one
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     with torch.device("meta"):  # the engine may have changed the class of the model; this one is as it was
         bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     names = {name for name, _ in engine.model.named_parameters(remove_duplicate=False)}  # tied ones are there once
     kept = {name: value for name, value in engine.model.state_dict().items() if name not in names}
     folder = options.out / "model"
     bare.save_pretrained(folder, state_dict={**kept, **state})
+    if options.model is not None and not folder.samefile(options.model):
+        for file in options.model.glob("generation_config.json"):
+            shutil.copy(file, folder)
     if reader.tokenizer is not None:
         reader.tokenizer.save_pretrained(folder)
     ranks.say(f"model: {folder} (AutoModelForCausalLM.from_pretrained)")

@@ -2,7 +2,7 @@
 
     options     how long, how fast, where to                    (run_options.py)
     lesson      what the model is to learn, batch after batch   (the script's own)
-    engine      the model, and who shares its weights           (engines.py)
+    wrapped     the model; an engine shares its weights         (engines.py)
 
 A run is these three and a number of steps. It can be interrupted and go on, on another number of ranks and under another
 engine: its curve has no seam.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import checkpoint
 import ringflash as rf
 from curve import draw_curve
-from engines import Engine
+from engines import share
 from profiling import Profiler
 from progress import Progress, describe
 from ranks import Ranks, peak_bytes
@@ -59,7 +59,7 @@ class Lesson(Protocol):
 
 
 class Run:
-    """A lesson, an engine and a number of steps: what a checkpoint holds, and the loop that moves it on.
+    """A lesson, a model that ``engines.spread`` has wrapped, and a number of steps: what a checkpoint holds, and the loop.
 
     ``model`` identifies the model, in plain values. ``settled`` goes to ``config.json``: what "auto" has chosen.
     """
@@ -68,13 +68,21 @@ class Run:
         self,
         options: RunOptions,
         lesson: Lesson,
-        engine: Engine,
         wrapped: rf.SequenceParallel,
         ranks: Ranks,
         model: Mapping[str, Any],
         settled: Mapping[str, str],
     ) -> None:
-        self.options, self.lesson, self.engine, self.ranks = options, lesson, engine, ranks
+        self.options, self.lesson, self.ranks = options, lesson, ranks
+        self.engine = share(
+            wrapped,
+            ranks,
+            options.engine,
+            adamw(options),
+            zero_stage=options.stage,
+            clip=options.clip,
+            autocast=options.low_precision(ranks.device.type),
+        )
         self.step = 0
         self.step_tokens = options.batch * options.seq_length
         self._wrapped = wrapped

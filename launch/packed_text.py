@@ -28,6 +28,7 @@ from ringflash.data import PackedLoader, Tokens
 from run_options import UsageError
 
 BYTES = 256  # a vocabulary
+TOKENIZERS = ("*token*", "vocab*", "*.model", "tekken.json")  # names of files, of which a tokenizer has one at least
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,18 @@ class Reader:
 
 def read_as(model: Path | None, vocabulary: int) -> Reader:
     """The tokenizer beside a saved model; bytes without a model, and for one with a vocabulary of bytes and no tokenizer."""
-    if model is None:
+    # without files Transformers makes an empty tokenizer for some models: every text would be no tokens
+    saved = model is not None and any(file for pattern in TOKENIZERS for file in model.glob(pattern))
+    if not saved and (model is None or vocabulary == BYTES):
         return Reader(None, "bytes")
+    if not saved:
+        raise UsageError(f"--model: {str(model)!r} has no tokenizer; save_pretrained it there")
     from transformers import AutoTokenizer  # an extra
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
-        if vocabulary == BYTES:
-            return Reader(None, "bytes")
-        raise UsageError(f"--model: {str(model)!r} has no tokenizer: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--model: its tokenizer cannot be read: {str(error).splitlines()[0]}") from None
     if len(tokenizer) > vocabulary:
         raise UsageError(f"--model: its tokenizer has {len(tokenizer)} tokens, and the model {vocabulary}")
     content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
@@ -173,4 +176,7 @@ def _store(texts: Sequence[bytes], reader: Reader, root: Path, ranks: Ranks) -> 
         np.save(aside / "offsets.npy", np.cumsum([0, *map(len, documents)]))
         aside.rename(folder)
     dist.barrier(group=ranks.everyone.get_group())
-    return Stored(np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "offsets.npy"), key.hexdigest())
+    offsets = np.load(folder / "offsets.npy")
+    if np.diff(offsets).max() < 2:
+        raise UsageError("--text: no document has two tokens, one to read and one to predict")
+    return Stored(np.load(folder / "tokens.npy", mmap_mode="r"), offsets, key.hexdigest())

@@ -95,6 +95,8 @@ class RunOptions:
         for name in ("steps", "warmup", "save_every", "learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{option(name)} is {getattr(self, name)}; it must not be negative")
+        if self.stop_at is not None:
+            at_least("stop_at", self.stop_at, 0)
         if not self.clip > 0:
             raise UsageError(f"--clip is {self.clip}; it must be positive (inf clips nothing)")
 

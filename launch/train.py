@@ -23,9 +23,9 @@ import torch
 
 from byte_transformer import ByteTransformer, ModelConfig
 from corpus import TextTask, read_corpus
-from engines import share, spread
+from engines import spread
 from exactness import prove
-from loop import Run, adamw, attempt
+from loop import Run, attempt
 from options import Options, UsageError, parse
 from passkey import PasskeyTask
 from ranks import Ranks, finish, fit, start
@@ -60,14 +60,10 @@ def _run(options: Options, model_config: ModelConfig, task: Task, ranks: Ranks) 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     mask = options.mask(options.seq_length, ranks.context)
     wrapped = spread(model, ranks, mask, options.placement)
-    low = options.low_precision(ranks.device.type)
-    engine = share(
-        wrapped, ranks, options.engine, adamw(options), zero_stage=options.stage, clip=options.clip, autocast=low
-    )
     sharding = options.placement.sharding(options.seq_length, ranks.grid["context"], mask)
     settled = {"layout": str(sharding.layout), "route": str(sharding.route)}  # "auto" decided
     lesson = Samples(task, options, ranks)
-    run = Run(options, lesson, engine, wrapped, ranks, dataclasses.asdict(model_config), settled)
+    run = Run(options, lesson, wrapped, ranks, dataclasses.asdict(model_config), settled)
     if isinstance(task, TextTask):
         corpus = task.corpus
         ranks.say(f"text: {corpus.source}, {len(corpus.train):,} bytes and {len(corpus.validation):,} to validate on")

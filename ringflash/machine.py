@@ -38,6 +38,9 @@ EXTRAS = {
     "train": ("matplotlib", "safetensors", "tqdm"),
     "draw": ("matplotlib",),
     "tensorboard": ("tensorboard",),
+    "transformers": ("accelerate", "transformers"),
+    "deepspeed": ("deepspeed",),
+    "data": ("datasets",),
     "test": ("hatchling", "hypothesis", "pytest", "xdist"),
     "dev": ("mypy", "ruff"),
 }

@@ -179,6 +179,13 @@ def address(group: Group) -> tuple[int, int]:
     return group.rank, group.ranks
 
 
+def processes(group: Group) -> set[int]:
+    """The ranks of the world that are in a resolved group; none for one that is not of ``torch.distributed``."""
+    if isinstance(group, Grid):
+        return processes(group.ring) | processes(group.heads)
+    return set(dist.get_process_group_ranks(group)) if isinstance(group, dist.ProcessGroup) else set()
+
+
 def nodes(group: Group) -> int:
     """Over how many nodes a resolved group is spread evenly, in the order of its ranks; 1 if nothing says so.
 

@@ -198,9 +198,22 @@ def test_dropout_depends_neither_on_the_number_of_ranks_nor_on_the_layout(layout
     assert (ring(p, 4, rf.causal, layout, dropout_p=0.3, seed=6).out - one.out).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("backend", ["aten", "reference"])
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+    ("dtype", "backend"),
+    [
+        (torch.float32, "aten"),
+        (torch.bfloat16, "reference"),
+        *(
+            pytest.param(dtype, backend, marks=pytest.mark.slow)
+            for dtype, backend in (
+                (torch.float32, "reference"),
+                (torch.bfloat16, "aten"),
+                (torch.float16, "aten"),
+                (torch.float16, "reference"),
+            )
+        ),
+    ],
+    ids=str,
 )
 def test_half_precision_keeps_its_error_for_any_number_of_ranks(dtype: torch.dtype, backend: str) -> None:
     """The error against float64 at 64 ranks is at most 1.02 times that at one: partials never leave float32."""

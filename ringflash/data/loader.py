@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ringflash.data.documents import Stream, find
@@ -33,7 +32,7 @@ from ringflash.layout import Layout
 from ringflash.mask import Mask, causal
 from ringflash.route import Route
 from ringflash.shard import Sharding
-from ringflash.wire import Grid, Group, address, resolve, resolve_axes
+from ringflash.wire import Group, address, processes, resolve, resolve_axes
 
 
 class _Step(NamedTuple):
@@ -275,7 +274,7 @@ def _grid(group: Group, data: Group, heads_axis: str | int | None) -> tuple[Grou
                 f"PackedLoader: group has {ranks} of {everyone} ranks, and data is not given; say which ranks get other rows: "
                 "data=mesh['data'], or data=(0, 1) if all others compute on the same"
             )
-        both = _processes(group) & _processes(others)
+        both = processes(group) & processes(others)
         if len(both) > 1:
             raise ValueError(
                 f"PackedLoader: group and data share ranks {sorted(both)}; ranks of group share a row, and those of data get "
@@ -286,13 +285,6 @@ def _grid(group: Group, data: Group, heads_axis: str | int | None) -> tuple[Grou
                 f"PackedLoader: {among[1]} data ranks times {ranks} ranks of group are more than the {everyone} that there are"
             )
     return group, among, degree
-
-
-def _processes(group: Group) -> set[int]:
-    """Ranks of the world that are known to be in a resolved group."""
-    if isinstance(group, Grid):
-        return _processes(group.ring) | _processes(group.heads)
-    return set(dist.get_process_group_ranks(group)) if isinstance(group, dist.ProcessGroup) else set()
 
 
 def _random_state(*key: int) -> np.random.RandomState:

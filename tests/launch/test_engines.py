@@ -14,6 +14,7 @@ import finetune_options
 import options
 import ranks
 from engines import Engine, blocks, share
+from loop import adamw
 from run_options import UsageError
 
 
@@ -43,6 +44,7 @@ def test_a_missing_package_is_named_with_its_extra(
     [
         ("--zero-stage 3", "--zero-stage is for --engine deepspeed; --engine ddp has no stages"),
         ("--loss-tile 0", "--loss-tile is 0; it must be at least 1"),
+        ("--stop-at -1", "--stop-at is -1; it must be at least 0"),
         ("--batch 3 --data 2", "--batch 3 samples cannot be shared equally by --data 2 ranks"),
         ("--model .", "there is no config.json in '.'"),
         ("--layout balanced", "--batch 2 on --data 1 ranks gives each 2"),
@@ -83,6 +85,15 @@ def test_an_engine_forgets_the_gradients_it_has_used() -> None:
     assert engine.step() == pytest.approx(5.0)
     torch.testing.assert_close(before - model.weight, torch.tensor([[0.3, 0.0, 0.4]]))
     assert not dict(engine.gradients())
+
+
+def test_only_matrices_decay() -> None:
+    """Each parameter is in one group, and vectors (norms, biases) are in that which does not decay."""
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.RMSNorm(2))
+    groups = adamw(options.parse(["--weight-decay", "0.3"]))(model).param_groups
+    decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert [decay[parameter] for parameter in model.parameters()] == [0.3, 0.3, 0.0, 0.0]
+    assert sum(len(group["params"]) for group in groups) == 4
 
 
 def test_an_engine_that_does_not_exist_is_refused() -> None:

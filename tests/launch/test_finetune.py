@@ -15,8 +15,14 @@ import torch
 import torch.distributed as dist
 from processes import ROOT, torchrun
 
+import loop
+import ranks
+from corpus import read_texts
 from finetune_options import parse
 from options import UsageError
+from packed_text import PackedText, Reader, read_as
+from ringflash.checkpointing import keep_attention
+from ringflash.tiling import Tiled
 
 transformers = pytest.importorskip("transformers")
 
@@ -65,7 +71,7 @@ def test_a_fine_tune_resumes_on_one_process(
 ) -> None:
     """2 x 2 ranks under FSDP2 with all that saves memory, then one: the curve of one that was never interrupted.
 
-    The packed rows are the same, none twice, and the model at the end is one that Transformers reads.
+    The packed rows are the same, none twice, and the model at the end is one that Transformers reads, with the loss it had.
     """
     out = tmp_path / "spread" / "run"
     savings = ("--checkpointing", "keep", "--loss-tile", 32, "--mlp-tile", 20)
@@ -73,6 +79,7 @@ def test_a_fine_tune_resumes_on_one_process(
     output = torchrun(4, PROGRAM, *small, *grid, *savings, "--out", out, seconds=SECONDS)
     assert "exactness: equal, 4 rank(s) (data 2 x context 2, fsdp)" in output
     assert max(float(text) for text in re.findall(r"gradients (\d\.\d+e[-+]\d+)", output)) < 1e-5
+    assert all(float(text) > 0.01 for text in re.findall(r"control: .* would be (\S+) off", output))
     resumed = curve(here(*small, "--resume", "--out", out))
     alone = curve(here(*small, "--out", tmp_path / "one" / "run"))
     assert resumed["loss"] == pytest.approx(alone["loss"], rel=TOLERANCE)
@@ -81,6 +88,8 @@ def test_a_fine_tune_resumes_on_one_process(
     assert alone["loss"][0] == pytest.approx(math.log(256), abs=0.3)
     assert alone["loss"][-1] < alone["loss"][0] - 0.1
     _same_model(out / "model", tmp_path / "one" / "run" / "model")
+    again = here(*small, "--model", out / "model", "--stop-at", 0, "--batch", 4, "--out", tmp_path / "again" / "run")
+    assert curve(again)["validation"] == pytest.approx(resumed["validation"][-1:], rel=TOLERANCE)
 
 
 def _same_model(*folders: Path) -> None:
@@ -140,19 +149,100 @@ def _tokenizer(folder: Path) -> Any:
 def test_a_saved_model_is_fine_tuned_with_its_own_tokenizer(
     small: list[str], here: Callable[..., Path], curve: Curve, tmp_path: Path
 ) -> None:
-    """The first loss is that of the saved weights, documents end with its token, and the tokenizer is saved again."""
+    """Documents end with its token, and with the model its tokenizer and how it generates are saved again."""
     tokenizer = _tokenizer(tmp_path / "saved")
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "saved")
+    model = transformers.LlamaForCausalLM(config)
+    model.generation_config.max_new_tokens = 17
+    model.save_pretrained(tmp_path / "saved")
     out = here(*small, "--model", tmp_path / "saved", "--stop-at", 2, "--check", "--out", tmp_path / "run")
     assert len(curve(out)["loss"]) == 2
     assert transformers.AutoTokenizer.from_pretrained(out / "model").eos_token == "<end>"
+    assert transformers.GenerationConfig.from_pretrained(out / "model").max_new_tokens == 17
     stored = max((tmp_path / "tokens").glob("*/tokens.npy"), key=lambda file: file.stat().st_size)
     tokens, offsets = np.load(stored), np.load(stored.with_name("offsets.npy"))
     assert (tokens[offsets[1:] - 1] == 0).all() and (tokens == 0).sum() == len(offsets) - 1
     assert tokenizer.decode(tokens[: offsets[1] - 1]) == (Path(small[-1]) / "000.txt").read_text()
+
+
+def test_options_reach_what_they_are_for(
+    small: list[str], here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rates, clipping and what saves memory show in no comparison of two runs that both lack them."""
+    made: list[Any] = []
+    logits: list[Any] = []
+    share = loop.share
+
+    def watched(wrapped: Any, alone: ranks.Ranks, engine: str, optimizer: Any, **more: Any) -> Any:
+        wrapped.register_forward_hook(lambda module, inputs, out: logits.append(out.logits))
+        made.extend((wrapped, engine, more, share(wrapped, alone, "ddp", optimizer, **more)))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "share", watched)
+    zero = (
+        "--engine",
+        "deepspeed",
+        "--zero-stage",
+        3,
+        "--clip",
+        0.3,
+        "--dtype",
+        "bfloat16",
+        "--learning-rate",
+        4e-3,
+        "--steps",
+        10,
+    )
+    savings = ("--checkpointing", "keep", "--loss-tile", 32, "--mlp-tile", 20)
+    here(*small, *zero, *savings, "--stop-at", 1, "--out", tmp_path / "run")
+    wrapped, name, asked, engine = made
+    assert name == "deepspeed" and asked == {"zero_stage": 3, "clip": 0.3, "autocast": True}
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [2e-3, 2e-3]  # ten steps warm up in two
+    assert logits and all(each is None for each in logits)  # of a loss in tiles
+    layer = wrapped.module.model.layers[0]
+    assert isinstance(layer.mlp, Tiled)
+    assert layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords["context_fn"] is keep_attention
+
+
+def test_an_epoch_reads_the_training_text_once_and_no_other(small: list[str], tmp_path: Path) -> None:
+    """Documents that are held out for validation are validated on, and never trained on."""
+    texts = read_texts(Path(small[-1]))
+    try:
+        alone = ranks.start(1, None, "cpu")
+        lesson = PackedText(texts, Reader(None, "bytes"), parse([*small, "--out", str(tmp_path / "run")]), alone)
+        rows = -(-sum(len(text) + 1 for text in texts.train) // 151)
+        trained = [lesson.batch()["input_ids"].flatten() for _ in range(-(-rows // 2))]
+        validated = [batch["input_ids"].flatten() for batch in lesson.validation()]
+    finally:
+        dist.destroy_process_group()
+    assert sorted(bytes(torch.cat(trained).tolist()).rstrip(b"\0").split(b"\0")) == sorted(texts.train)
+    held_out = b"\0".join(texts.validation)
+    assert bytes(torch.cat(validated).tolist())[: len(held_out)] == held_out[: 4 * 151]
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Transformers would make one that knows no words, and every text would be empty; bytes are for a vocabulary of bytes."""
+    transformers.Qwen3Config(vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        read_as(tmp_path, 300)
+    assert read_as(tmp_path, 256).tokenizer is None
+
+
+def test_text_without_a_token_to_predict_is_refused(
+    small: list[str], here: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An empty file would be trained on with a loss of zero."""
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UsageError, match="no document has two tokens"):
+        here(*small, "--text", tmp_path / "empty.txt", "--out", tmp_path / "run")
+
+
+def test_the_check_leaves_nothing_to_chance(small: list[str], here: Callable[..., Path], tmp_path: Path) -> None:
+    """A model with dropout is compared without it, and trained with it."""
+    here(*small, "--model-type", "gpt2", "--check", "--stop-at", 0, "--out", tmp_path / "run")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "run" / "model").resid_pdrop == 0.1
 
 
 def test_the_check_notices_a_wrong_gradient(

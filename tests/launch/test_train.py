@@ -19,8 +19,9 @@ import ranks
 import ringflash as rf
 from byte_transformer import ByteTransformer, ModelConfig
 from engines import Engine
-from loop import learning_rate
+from loop import attempt, learning_rate
 from options import UsageError, parse
+from train import main
 
 Train = Callable[..., str]
 Curve = Callable[[Path], dict[str, list[float]]]
@@ -86,14 +87,15 @@ def test_a_run_resumes_under_another_engine_on_another_number_of_ranks(
     assert resumed["validation"][-1] == pytest.approx(uninterrupted["validation"][-1], rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
     [
         "fsdp",
-        pytest.param("ddp", marks=pytest.mark.slow),
-        pytest.param("deepspeed --zero-stage 1", marks=pytest.mark.slow),
-        pytest.param("deepspeed --zero-stage 2", marks=pytest.mark.slow),
-        pytest.param("deepspeed --zero-stage 3", marks=pytest.mark.slow),
+        "ddp",
+        "deepspeed --zero-stage 1",
+        "deepspeed --zero-stage 2",
+        "deepspeed --zero-stage 3",
     ],
 )
 def test_data_and_context_ranks_together_equal_one_process(
@@ -147,12 +149,17 @@ def test_accelerate_launches_it(small: list[str], text_folder: Path, tmp_path: P
     assert "train.py: error: accelerate launch --cpu starts one process" in output
 
 
-def test_a_mistake_is_one_sentence(train: Train, small: list[str], stopped_run: tuple[Path, str]) -> None:
+def test_a_mistake_is_one_sentence(
+    small: list[str], stopped_run: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Resuming with another model ends with status 2 and a sentence, and leaves the run as it was."""
     before = (stopped_run[0] / "metrics.jsonl").read_text()
-    other = [*small, "--dim", "64", "--task", "passkey", "--steps", "8"]
-    output = train(1, *other, "--out", stopped_run[0], "--resume", status=2)
-    assert "Traceback" not in output
+    other = [*small, "--dim", "64", "--task", "passkey", "--steps", "8", "--out", str(stopped_run[0]), "--resume"]
+    try:
+        assert attempt("train.py", lambda: main(parse(other))) == 2
+    finally:
+        dist.destroy_process_group()
+    output = capsys.readouterr().err
     assert re.search(r"train\.py: error: --resume: .*model dim: 32 there, 64 here; .*task: 'text' there", output)
     assert (stopped_run[0] / "metrics.jsonl").read_text() == before
 
@@ -189,13 +196,18 @@ def test_the_check_notices_what_it_is_for(alone: ranks.Ranks, monkeypatch: pytes
 
 
 def test_starting_anew_keeps_the_run_that_was_there(
-    train: Train, small: list[str], tmp_path: Path, curve: Curve
+    small: list[str], tmp_path: Path, curve: Curve, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same command twice makes two runs, of which none is lost; the passkey task says its chance level."""
     earlier = tmp_path / "run"
     earlier.mkdir()
     (earlier / "metrics.jsonl").write_text("the earlier run\n")
-    output = train(1, *small, "--task", "passkey", "--attention", "local", "--steps", 2, "--out", earlier)
+    line = [*small, "--task", "passkey", "--attention", "local", "--steps", "2", "--out", str(earlier)]
+    try:
+        assert main(parse(line)) == 0
+    finally:
+        dist.destroy_process_group()
+    output = capsys.readouterr().out
     assert re.search(r"final validation loss \S+, accuracy \S+; chance level of accuracy: 0.031", output)
     assert f"is now in {tmp_path / 'run.1'}" in output
     assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == "the earlier run\n"
