@@ -24,11 +24,11 @@ from torch.nn import functional as F
 
 import ringflash as rf
 from byte_transformer import VOCABULARY, ByteTransformer, ModelConfig
-from engines import comparable, share, spread
 from options import Options
 from ranks import Ranks
 from ringflash.mask import Mask
 from run_options import RunOptions
+from weights import comparable, share, spread
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 CONFIG = ModelConfig(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, hidden=48)

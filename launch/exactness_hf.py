@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engines import share
 from exactness import IGNORED, Exactness, distance, raw_gradients, report, still, worst
 from finetune_options import FinetuneOptions
 from packed_text import PackedText
 from ranks import Ranks
+from weights import share
 
 LENGTH = 512  # of the rows that are compared, if those of the run are longer
 

@@ -25,7 +25,7 @@ from torch import nn
 
 import ringflash as rf
 from corpus import read_texts
-from engines import Engine, blocks, spread
+from engines import Engine, blocks
 from exactness_hf import prove
 from finetune_options import FinetuneOptions, UsageError, parse
 from loop import Run, attempt
@@ -33,6 +33,7 @@ from packed_text import BYTES, PackedText, Reader, read_as
 from ranks import Ranks, finish, fit, start
 from ringflash.checkpointing import keep_attention, keep_attention_on_cpu
 from ringflash.tiling import tile_modules
+from weights import spread
 
 SMALL = dict(
     vocab_size=BYTES,

@@ -2,7 +2,7 @@
 
     options     how long, how fast, where to                    (run_options.py)
     lesson      what the model is to learn, batch after batch   (the script's own)
-    wrapped     the model; an engine shares its weights         (engines.py)
+    wrapped     the model; an engine shares its weights         (weights.py)
 
 A run is these three and a number of steps. It can be interrupted and go on, on another number of ranks and under another
 engine: its curve has no seam.
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 import checkpoint
 import ringflash as rf
 from curve import draw_curve
-from engines import share
 from profiling import Profiler
 from progress import Progress, describe
 from ranks import Ranks, peak_bytes
 from run_options import RunOptions, UsageError
+from weights import share
 
 
 class Lesson(Protocol):
@@ -59,7 +59,7 @@ class Lesson(Protocol):
 
 
 class Run:
-    """A lesson, a model that ``engines.spread`` has wrapped, and a number of steps: what a checkpoint holds, and the loop.
+    """A lesson, a model that ``weights.spread`` has wrapped, and a number of steps: what a checkpoint holds, and the loop.
 
     ``model`` identifies the model, in plain values. ``settled`` goes to ``config.json``: what "auto" has chosen.
     """

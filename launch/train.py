@@ -23,12 +23,12 @@ import torch
 
 from byte_transformer import ByteTransformer, ModelConfig
 from corpus import TextTask, read_corpus
-from engines import spread
 from exactness import prove
 from loop import Run, attempt
 from options import Options, UsageError, parse
 from passkey import PasskeyTask
 from ranks import Ranks, finish, fit, start
+from weights import spread
 
 Task = TextTask | PasskeyTask
 

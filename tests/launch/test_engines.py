@@ -13,9 +13,10 @@ from torch import nn
 import finetune_options
 import options
 import ranks
-from engines import Engine, blocks, share
+from engines import Engine, blocks
 from loop import adamw
 from run_options import UsageError
+from weights import share
 
 
 @pytest.mark.parametrize(
