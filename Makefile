@@ -3,8 +3,9 @@
 #     make train    trains a small byte-level transformer with ring attention on $(PROCESSES) processes
 #     make test     runs the suite
 #
-# Both make .venv on first use, and again whenever pyproject.toml or constraints.txt changes. torch is installed alone
-# and first, at the version in constraints.txt, so that no other package can pull in another build of it.
+# Both make .venv on first use, and again whenever pyproject.toml or constraints.txt changes: what training needs, and for
+# the tests what they need beside it. torch is installed alone and first, at the version in constraints.txt, so that no
+# other package can pull in another build of it.
 #
 #     make train PROCESSES=4 ARGS="--steps 500"        make test ARGS="-k zigzag -x"        make test PYTHON=python3.12
 
@@ -14,6 +15,7 @@ ARGS      ?=
 
 VENV    := .venv
 BIN     := $(VENV)/bin
+LEAST   := $(VENV)/.trains
 STAMP   := $(VENV)/.installed
 EXTRAS  := train,test,dev
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -31,20 +33,25 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(LEAST): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer, please: make PYTHON=...")'
 	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing torch (the large one: minutes on a slow line)"
 	@$(INSTALL) torch
-	@echo "Installing ringflash, editable, with [$(EXTRAS)]"
+	@echo "Installing ringflash, editable, with [train]"
 	@$(INSTALL) hatchling
+	@$(INSTALL) --no-build-isolation -e ".[train]"
+	@touch $@
+
+$(STAMP): $(LEAST)
+	@echo "Installing what tests and integrations need: [$(EXTRAS)]"
 	@$(INSTALL) --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
 # Threads of one training process: the machine's cores shared out, at least 1, at most 8 (the model is small).
 train: export OMP_NUM_THREADS ?= $(shell threads=$$(( $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) )); \
 	echo $$(( threads < 1 ? 1 : threads > 8 ? 8 : threads )))
-train: $(STAMP)
+train: $(LEAST)
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/train.py --check --out runs/first $(ARGS)
 
 # Two processes, one thread each. Triton decides at its import whether kernels are interpreted, so those tests have a process of their own. There ARGS may
