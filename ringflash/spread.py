@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -70,6 +71,9 @@ class Adapter(Protocol):
 
     def finish(self, output: Any) -> None:
         """The model's forward is over."""
+
+    def forget(self) -> None:
+        """So is all that was begun, also if it failed."""
 
 
 ADAPTERS: list[Callable[[nn.Module, Mask], Adapter | None]] = []
@@ -183,6 +187,8 @@ class Spread:
         self._batch = None
         if self._tiles is not None:
             self._tiles.expect(None)
+        if self.adapter is not None:
+            self.adapter.forget()
 
     def _by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
         parameters = self._signature.parameters
@@ -349,12 +355,13 @@ def with_padding(mask: Mask, attention_mask: Tensor | None, length: int) -> Mask
             f"SequenceParallel: attention_mask has shape {tuple(attention_mask.shape)}; [batch, {length}] with 0 for padding "
             "is needed, other masks are given as mask=rf.causal & ..."
         )
-    if bool(attention_mask.all()):
+    kept = (attention_mask != 0).cpu().numpy()
+    if kept.all():
         return mask
     rows = []
-    for row in (attention_mask != 0).tolist():
-        edges = [i for i in range(1, len(row)) if row[i] != row[i - 1]]
-        if sum(row[i] for i in (0, *edges)) > 1:
+    for row in kept:
+        edges = (np.flatnonzero(row[1:] != row[:-1]) + 1).tolist()
+        if row[[0, *edges]].sum() > 1:
             raise ValueError(
                 "SequenceParallel: attention_mask pads between the tokens of a row; only its ends can be padded"
             )

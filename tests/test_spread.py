@@ -388,6 +388,9 @@ def test_an_adapter_sees_the_whole_batch_and_its_state_comes_back_for_backward(m
         def finish(self, output: Any) -> None:
             events.append("finish")
 
+        def forget(self) -> None:
+            events.append("forget")
+
     class Tripled(Model):
         def warp(self, logits: Tensor) -> Tensor:
             return 3 * logits
@@ -406,7 +409,7 @@ def test_an_adapter_sees_the_whole_batch_and_its_state_comes_back_for_backward(m
         assert torch.allclose(loss, want, rtol=1e-12, atol=0)
     for loss in losses:
         loss.backward()
-    assert events[:3] == [("prepare", (2, LENGTH), LENGTH), ("begin", masks[0]), "finish"]
+    assert events[:4] == [("prepare", (2, LENGTH), LENGTH), ("begin", masks[0]), "finish", "forget"]
     again = [event[1] for event in events if event[0] == "again"]
     assert again[0] == masks[0] and again[-1] == masks[1] and wrapped.attention.sharding.mask == masks[1]
     wrapped(input_ids=IDS, sharding=rf.Sharding(LENGTH, (0, 1)))

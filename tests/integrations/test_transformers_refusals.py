@@ -134,6 +134,15 @@ def test_another_attention_is_refused_with_the_name_to_load() -> None:
         wrapped(input_ids=IDS)
 
 
+def test_a_bare_call_after_a_forward_that_failed_is_refused() -> None:
+    """Layers that still knew the sharding would attend over a ring that nobody else is on."""
+    model = built()
+    with pytest.raises(IndexError):
+        rf.SequenceParallel(model, (0, 1))(input_ids=IDS + 10**6)
+    with pytest.raises(ValueError, match="does not know how its sequence is spread"):
+        model(input_ids=IDS)
+
+
 def test_layers_that_attend_by_themselves_are_noticed_in_the_first_forward() -> None:
     """A layer that never calls ring_attn, and a window that its layer does not mention, would be silently wrong."""
     model = built()

@@ -2,7 +2,8 @@
 
     prepare   whole inputs: refuse, find packed documents and padding, number positions     (then they are sharded)
     begin     tell all layers: the sharding, also under each window, the last position, the seed of dropout
-    finish    forget it; after the first forward, did every layer attend over the ring?
+    finish    after the first forward: did every layer attend over the ring?
+    forget    in any case: layers know nothing any more
 
 Layers are told through one object that all of them have, so that nothing is built while a graph is captured.
 """
@@ -150,10 +151,7 @@ class TransformersModel:
         return again
 
     def finish(self, output: Any) -> None:
-        """Forget the sharding, so that a call of the bare model is refused. After the first forward: raise if a layer attended
-        by itself, over this rank's shard alone.
-        """
-        self._told.clear()
+        """After the first forward: raise if a layer attended by itself, over this rank's shard alone."""
         captured = torch.compiler.is_compiling() or (not self._checked and _is_compiled(self._outer))
         if self._checked or captured:  # a captured graph counts nothing
             return
@@ -173,6 +171,10 @@ class TransformersModel:
                 f"{self._told.windowed_calls} said so to {NAME}"
             )
         self._checked = True
+
+    def forget(self) -> None:
+        """Layers no longer know a sharding, so that a call of the bare model is refused."""
+        self._told.clear()
 
     def _refuse(self, inputs: Mapping[str, Any]) -> None:
         self._refuse_other_attention()
