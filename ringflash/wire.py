@@ -179,11 +179,13 @@ def address(group: Group) -> tuple[int, int]:
     return group.rank, group.ranks
 
 
-def processes(group: Group) -> set[int]:
-    """The ranks of the world that are in a resolved group; none for one that is not of ``torch.distributed``."""
+def processes(group: Group) -> list[int]:
+    """The ranks of the world in a resolved group, in its order (of a grid, the ring's and then those of the row), if
+    ``torch.distributed`` made it; else none.
+    """
     if isinstance(group, Grid):
-        return processes(group.ring) | processes(group.heads)
-    return set(dist.get_process_group_ranks(group)) if isinstance(group, dist.ProcessGroup) else set()
+        return processes(group.ring) + processes(group.heads)
+    return list(dist.get_process_group_ranks(group)) if isinstance(group, dist.ProcessGroup) else []
 
 
 def nodes(group: Group) -> int:
@@ -196,9 +198,10 @@ def nodes(group: Group) -> int:
         return nodes(group.ring)
     local, world = (int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     launched = int(os.environ.get("GROUP_WORLD_SIZE", "0"))
-    if not isinstance(group, dist.ProcessGroup) or local < 1 or world % local or launched not in (0, world // local):
+    ranks = processes(group)
+    if not ranks or local < 1 or world % local or launched not in (0, world // local):
         return 1
-    homes = [rank // local for rank in dist.get_process_group_ranks(group)]
+    homes = [rank // local for rank in ranks]
     per_node, left_over = divmod(len(homes), len(set(homes)))
     even = not left_over and homes == [home for home in homes[::per_node] for _ in range(per_node)]
     return len(set(homes)) if even else 1

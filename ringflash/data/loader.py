@@ -274,7 +274,7 @@ def _grid(group: Group, data: Group, heads_axis: str | int | None) -> tuple[Grou
                 f"PackedLoader: group has {ranks} of {everyone} ranks, and data is not given; say which ranks get other rows: "
                 "data=mesh['data'], or data=(0, 1) if all others compute on the same"
             )
-        both = processes(group) & processes(others)
+        both = {*processes(group)} & {*processes(others)}
         if len(both) > 1:
             raise ValueError(
                 f"PackedLoader: group and data share ranks {sorted(both)}; ranks of group share a row, and those of data get "
