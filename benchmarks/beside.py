@@ -28,9 +28,9 @@ from torch import Tensor
 
 import ringflash as rf
 from ringflash.forecast.hardware import Link
+from ringflash.groups import connect, resolve
 from ringflash.plan import Plan
 from ringflash.views.planner import Question
-from ringflash.wire import connect, resolve
 
 RANKS = 2
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import ringflash as rf
-from ringflash.circulate import circulate
+from ringflash.circulate import Cargo, Home, circulate
 from ringflash.freight import Freight
+from ringflash.guard import KEY_GRADIENTS, KEYS
 from ringflash.wire import Message
 
 _FEW, _MANY = 8, 24  # ranks: the difference is that of so many more hops
@@ -30,7 +31,9 @@ class Silent:
 
     def warm_up(self, device: torch.device, channels: int = 1) -> None: ...
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message], channel: int = 0) -> Silent:
+    def exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], channel: int = 0, about: object = ""
+    ) -> Silent:
         return self
 
     def wait(self) -> None: ...
@@ -52,8 +55,8 @@ def _loop(ranks: int, device: torch.device, backward: bool, calls: int) -> float
     def visit(shard: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return tensors if backward else None
 
-    home = Freight.like(cargo, torch.float32) if backward else None
-    return _microseconds(lambda: circulate(plan, Silent(ranks), cargo, visit, home), calls)
+    home = Home(KEY_GRADIENTS, Freight.like(cargo, torch.float32)) if backward else None
+    return _microseconds(lambda: circulate(plan, Silent(ranks), Cargo(KEYS, cargo), visit, home), calls)
 
 
 def microseconds_per_lookup(calls: int = 2000) -> dict[str, float]:

@@ -12,7 +12,16 @@ any order. ``docs/design.md`` tells the rest.
 from ringflash import data
 from ringflash.attention import flash_attention, ring_attention
 from ringflash.checkpointing import keep_attention, keep_attention_on_cpu
-from ringflash.errors import DeadlockError, PlanError, RingflashError, WireError
+from ringflash.errors import (
+    DeadlockError,
+    DisagreementError,
+    IntegrityError,
+    NonFiniteError,
+    PeerError,
+    PlanError,
+    RingflashError,
+    WireError,
+)
 from ringflash.forecast.cost import estimate
 from ringflash.layout import Layout
 from ringflash.local import local_world
@@ -32,9 +41,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DeadlockError",
+    "DisagreementError",
+    "IntegrityError",
     "Layout",
     "Mask",
+    "NonFiniteError",
     "Partial",
+    "PeerError",
     "Plan",
     "PlanError",
     "RingAttention",

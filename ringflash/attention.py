@@ -22,13 +22,13 @@ from ringflash.backend import select
 from ringflash.layout import contiguous
 from ringflash.mask import Mask, causal, full
 from ringflash.operator import attend
-from ringflash.plan import Plan, derive
-from ringflash.recipe import recipes
+from ringflash.plan import derive
+from ringflash.recipe import Bound, recipes
 from ringflash.reference import Scoring
 from ringflash.route import ring
 from ringflash.shard import Sharding
 from ringflash.ulysses import head_share
-from ringflash.wire import Unconnected, Wire
+from ringflash.wire import Unconnected
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -222,9 +222,9 @@ class _OneDevice:
         self.mask, self.q_offset = mask, q_offset
         self.handle = recipes.add(self)
 
-    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire, None]:
+    def bind(self, queries: int, keys: int) -> Bound:
         one = derive(0, contiguous(queries, 1), contiguous(keys, 1), self.mask, ring, self.q_offset)
-        return one, Unconnected(0, 1), None
+        return Bound(one, Unconnected(0, 1))
 
 
 _one_device = lru_cache(maxsize=256)(_OneDevice)

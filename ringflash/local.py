@@ -11,6 +11,7 @@ everybody waits, nobody ever will send: that is raised at once, with who waits f
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -95,12 +96,15 @@ class LocalWire:
 
     def __init__(self, rank: int, state: _State) -> None:
         self.rank, self.ranks, self._state = rank, state.ranks, state
+        self.board = LocalBoard(rank, state)
         self._rounds = 0
 
     def warm_up(self, device: torch.device, channels: int = 1) -> None:
         """Nothing to connect."""
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message], channel: int = 0) -> _LocalPending:
+    def exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], channel: int = 0, about: object = ""
+    ) -> _LocalPending:
         for peer, buffer in sends:
             self._state.mail[self.rank, peer, channel].append(buffer.detach().clone())
         tickets = []
@@ -108,7 +112,7 @@ class LocalWire:
             lane = peer, self.rank, channel
             tickets.append((lane, self._state.asked[lane], buffer))
             self._state.asked[lane] += 1
-        return _LocalPending(self, tickets)
+        return _LocalPending(self, tickets, about)
 
     def all_reduce(self, tensor: Tensor) -> None:
         everyone = self.all_gather(tensor)
@@ -129,12 +133,14 @@ class LocalWire:
             del self._state.tables[self._rounds], self._state.read[self._rounds]
         return everyone
 
-    def receive(self, lane: Lane, number: int, buffer: Tensor) -> None:
+    def receive(self, lane: Lane, number: int, buffer: Tensor, about: object) -> None:
         """Wait for the message of this number that comes by ``lane``, and copy it into ``buffer``."""
         peer, _, channel = lane
         box, taken = self._state.mail[lane], self._state.taken[lane]
-        what = f"message {number} of rank {peer}" + (f" on channel {channel}" if channel else "")
-        self._state.wait_until(self.rank, lambda: number < taken + len(box), what)
+        if number >= taken + len(box):
+            what = f"message {number} of rank {peer}" + (f" on channel {channel}" if channel else "")
+            what += f" ({text})" if (text := str(about)) else ""
+            self._state.wait_until(self.rank, lambda: number < taken + len(box), what)
         message = box[number - taken]
         if message.shape != buffer.shape or message.dtype != buffer.dtype:
             raise WireError(
@@ -148,14 +154,44 @@ class LocalWire:
             self._state.taken[lane] += 1
 
 
+class LocalBoard:
+    """Notes between threads. Nobody waits in vain here: the world says so at once, so there is nothing to tell others."""
+
+    seconds = math.inf
+
+    def __init__(self, rank: int, state: _State) -> None:
+        self.rank, self.ranks, self._state = rank, state.ranks, state
+
+    def post(self, key: str, note: str) -> None:
+        self._state.notes[key] = note
+
+    def read(self, keys: Sequence[str]) -> list[str]:
+        return [self._state.notes[key] for key in keys]
+
+    def missing(self, keys: Sequence[str], seconds: float, what: str) -> list[str]:
+        self._state.wait_until(self.rank, lambda: all(key in self._state.notes for key in keys), what)
+        return []
+
+    def remove(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._state.notes.pop(key, None)
+
+    def waiting(self, what: str) -> None:
+        """Nobody has to be told."""
+
+    def distress(self, trouble: str) -> str:
+        return ""
+
+
 @dataclass
 class _LocalPending:
     wire: LocalWire
     tickets: list[tuple[Lane, int, Tensor]]
+    about: object
 
     def wait(self) -> None:
         for lane, number, buffer in self.tickets:
-            self.wire.receive(lane, number, buffer)
+            self.wire.receive(lane, number, buffer, self.about)
         self.tickets = []
 
 
@@ -168,6 +204,7 @@ class _State:
     asked: dict[Lane, int] = field(default_factory=lambda: defaultdict(int))
     taken: dict[Lane, int] = field(default_factory=lambda: defaultdict(int))
     tables: dict[int, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    notes: dict[str, str] = field(default_factory=dict)
     read: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     error: BaseException | None = None
     batons: list[threading.Semaphore] = field(init=False)

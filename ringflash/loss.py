@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ringflash.groups import Group, address, connect_all
 from ringflash.partial import accumulation_dtype
 from ringflash.shard import Sharding
 from ringflash.tiling import tiled_cross_entropy
-from ringflash.wire import Group, address, connect_all
 
 IGNORED = -100  # the label of a token without a target, as in torch.nn.functional.cross_entropy
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 import ringflash as rf
 from ringflash.backend import BACKENDS, select
+from ringflash.groups import libraries
 from ringflash.reference import Scoring
-from ringflash.wire import libraries
 
 __all__ = ["EXACT", "Proof", "device_kinds", "prove", "report", "serving"]
 

@@ -10,16 +10,19 @@ Backward: with the lse and delta of the whole row, p = exp(s - lse) is the final
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringflash.backend import Backend, select
-from ringflash.circulate import circulate
+from ringflash.circulate import Cargo, Home, circulate
+from ringflash.door import enter
 from ringflash.freight import Freight
+from ringflash.guard import KEY_GRADIENTS, KEYS, QUERIES, QUERY_GRADIENTS, Guard
 from ringflash.intervals import intervals_of
+from ringflash.laws import obey
 from ringflash.partial import Partial, accumulation_dtype, owned
 from ringflash.plan import Cost, Plan, cheaper_backward
 from ringflash.recipe import recipes
@@ -43,34 +46,50 @@ def attend(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    plan, wire, swap = recipes[handle].bind(q.shape[1], k.shape[1])
+    bound = recipes[handle].bind(q.shape[1], k.shape[1])
+    plan, wire, swap, _ = bound
     scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
+    guard = enter("forward", bound, (q, k, v), scoring, sinks, backend, deterministic)
     if swap is None:
-        return _forward(plan, wire, backend, scoring, sinks, q, k, v)
+        return _forward(plan, wire, guard, backend, scoring, sinks, q, k, v)
     heads = q.shape[2], k.shape[2]
     mine = swap.share(*heads).queries
     scoring, sinks = scoring.of_heads(mine), None if sinks is None else sinks[mine]
     # what is pooled lives as long as the call
-    out, lse = _forward(plan, wire, backend, scoring, sinks, *chain(*swap.pool((q,), (k, v))))
-    (out, rows), _ = swap.spread((out, lse.transpose(1, 2)), (), *heads)
+    out, lse = _forward(plan, wire, guard, backend, scoring, sinks, *chain(*swap.pool((q,), (k, v), guard)))
+    (out, rows), _ = swap.spread((out, lse.transpose(1, 2)), (), *heads, guard)
     return out, rows.transpose(1, 2).contiguous()
 
 
 def _forward(
-    plan: Plan, wire: Wire, backend: str, scoring: Scoring, sinks: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    plan: Plan,
+    wire: Wire,
+    guard: Guard,
+    backend: str,
+    scoring: Scoring,
+    sinks: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Out in the dtype of q, and lse, over all shards that come by."""
     engine = select(backend, q, v, scoring)
     dtype = accumulation_dtype(q.dtype)
     total = None if sinks is None else _sink(sinks, q, v)
     last = _last_visit(plan)
+    numbers = count()
 
     def visit(shard: int, tensors: tuple[Tensor, ...]) -> None:
         nonlocal total
         kept = q.dtype if shard == last else dtype
-        total = engine.attend(q, *tensors, intervals_of(plan, shard, q.device), scoring, total, kept)
+        table = intervals_of(plan, shard, q.device)
+        twice = guard.repeats(next(numbers), len(plan.meetings))
+        carried = Partial(total.out.clone(), total.lse.clone()) if twice and total else total  # a carry is written to
+        total = engine.attend(q, *tensors, table, scoring, total, kept)
+        if twice:
+            guard.same(f"visit of shard {shard}", total, engine.attend(q, *tensors, table, scoring, carried, kept))
 
-    circulate(plan, wire, (k, v), visit)
+    circulate(plan, wire, Cargo(KEYS, (k, v)), visit, guard=guard)
     out, lse = owned(total, q, v)
     return out.to(q.dtype), lse
 
@@ -94,8 +113,10 @@ def attend_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan, wire, swap = recipes[handle].bind(q.shape[1], k.shape[1])
+    bound = recipes[handle].bind(q.shape[1], k.shape[1])
+    plan, wire, swap, _ = bound
     scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
+    guard = enter("backward", bound, (q, k, v), scoring, sinks, backend, deterministic, {"dout": dout, "dlse": dlse})
     heads, dtypes = (q.shape[2], k.shape[2]), (q.dtype, k.dtype, v.dtype)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # once, and not in every visit
     delta = select(backend, q, v, scoring).delta(dout, out, dlse)
@@ -103,14 +124,18 @@ def attend_backward(
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     if swap is None:
         handed_over = k.dtype if plan.ranks == 1 else lse.dtype  # what is still to be summed stays wide
-        way = _Way(plan, wire, backend, scoring, deterministic, handed_over)
+        way = _Way(plan, wire, guard, backend, scoring, deterministic, handed_over)
         gradients = _backward(way, q, dout, lse, delta, k, v)
     else:
-        way = _Way(plan, wire, backend, scoring.of_heads(swap.share(*heads).queries), deterministic, lse.dtype)
+        mine = scoring.of_heads(swap.share(*heads).queries)
+        way = _Way(plan, wire, guard, backend, mine, deterministic, lse.dtype)
         gradients = _pooled_backward(way, swap, q, dout, lse, delta, k, v)
-        (dq,), shares = swap.spread(gradients[:1], gradients[1:], *heads)
+        (dq,), shares = swap.spread(gradients[:1], gradients[1:], *heads, guard)
         gradients = (dq, *shares)
     dq, dk, dv = (_own(gradient, dtype) for gradient, dtype in zip(gradients, dtypes, strict=True))
+    if bound.watched is not None and guard.check.numbers:
+        rows = out, lse, dout, dlse
+        obey(guard, bound.watched.accord.everyone, scoring, sinks is not None, (q, k, v), (dq, dk, dv), rows)
     return dq, dk, dv, dsinks
 
 
@@ -119,6 +144,7 @@ class _Way(NamedTuple):
 
     plan: Plan
     wire: Wire
+    guard: Guard
     backend: str
     scoring: Scoring
     deterministic: bool
@@ -130,7 +156,7 @@ def _pooled_backward(way: _Way, swap: Swap, *tensors: Tensor) -> tuple[Tensor, .
     """``_backward`` with all tokens of the ring's shard and this rank's heads; what is pooled lives as long as the call."""
     q, dout, lse, delta, k, v = tensors
     rows = (x.transpose(1, 2) for x in (lse, delta))
-    (q, dout, lse, delta), (k, v) = swap.pool((q, dout, *rows), (k, v))
+    (q, dout, lse, delta), (k, v) = swap.pool((q, dout, *rows), (k, v), way.guard)
     lse, delta = (x.transpose(1, 2).contiguous() for x in (lse, delta))
     return _backward(way, q, dout, lse, delta, k, v)
 
@@ -141,7 +167,8 @@ def _backward(
     """dq in the dtype of q, dk and dv for what this rank holds."""
     engine = select(way.backend, q, v, way.scoring)
     plan = cheaper_backward(way.plan, *_costs(q, k, v, lse.dtype))
-    work = _Backward(plan, way.wire, engine, way.scoring, way.deterministic, way.handed_over, q, k, v, dout, lse, delta)
+    how = (way.wire, way.guard, engine, way.scoring, way.deterministic, way.handed_over)
+    work = _Backward(plan, *how, q, k, v, dout, lse, delta)
     dq, dk, dv = work.keys_travel() if plan.travels == "keys" else work.queries_travel()
     return dq.to(q.dtype), dk, dv
 
@@ -151,6 +178,7 @@ class _Backward(NamedTuple):
 
     plan: Plan
     wire: Wire
+    guard: Guard
     engine: Backend
     scoring: Scoring
     deterministic: bool
@@ -177,7 +205,8 @@ class _Backward(NamedTuple):
             )
             return tuple(share)
 
-        dk, dv = circulate(plan, self.wire, (k, v), visit, home=Freight.like((k, v), dtype)) or ()
+        home = Home(KEY_GRADIENTS, Freight.like((k, v), dtype))
+        dk, dv = circulate(plan, self.wire, Cargo(KEYS, (k, v)), visit, home, self.guard) or ()
         return (q.new_zeros(q.shape) if dq is None else dq), dk, dv
 
     def queries_travel(self) -> tuple[Tensor, ...]:
@@ -200,8 +229,9 @@ class _Backward(NamedTuple):
             return (dq,)
 
         rows = (x.transpose(1, 2).contiguous() for x in (self.lse, self.delta))
-        cargo = (self.q, self.dout, *rows)
-        (dq,) = circulate(plan, self.wire, cargo, visit, home=Freight.like((self.q,), dtype)) or ()
+        cargo = Cargo(QUERIES, (self.q, self.dout, *rows))
+        home = Home(QUERY_GRADIENTS, Freight.like((self.q,), dtype))
+        (dq,) = circulate(plan, self.wire, cargo, visit, home, self.guard) or ()
         dk, dv = sums or (k.new_zeros(k.shape), v.new_zeros(v.shape))
         return dq, dk, dv
 

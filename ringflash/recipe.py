@@ -11,23 +11,43 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ringflash.accord import Accord
+from ringflash.check import Check
 from ringflash.errors import RingflashError
 from ringflash.plan import Plan
+from ringflash.terms import Terms
 from ringflash.ulysses import Swap
 from ringflash.wire import Wire
+
+
+class Watched(NamedTuple):
+    """Ranks that check each other: their accord, what they check, and the terms that they must have in common."""
+
+    accord: Accord
+    check: Check
+    terms: Terms
+
+
+class Bound(NamedTuple):
+    """What an operator needs to run: the plan of the ring, its wire, and what is around it, if anything is."""
+
+    plan: Plan
+    wire: Wire
+    swap: Swap | None = None
+    watched: Watched | None = None
 
 
 class Recipe(Protocol):
     """Anything that knows its plan and wires: a sharding, or a mask on one device."""
 
-    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire, Swap | None]:
-        """For so many local queries and keys: the plan of the ring, its wire, and the swap of heads around it, if any."""
+    def bind(self, queries: int, keys: int) -> Bound:
+        """For so many local queries and keys."""
 
 
 class Recipes:

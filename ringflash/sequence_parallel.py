@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.gradients import GradientSum
+from ringflash.groups import Group, address, connect_all
 from ringflash.layout import Layout
 from ringflash.mask import Mask, causal
 from ringflash.route import Route
 from ringflash.shard import Sharding
 from ringflash.spread import Spread
-from ringflash.wire import Group, address, connect_all
 
 
 class SequenceParallel(nn.Module):

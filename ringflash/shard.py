@@ -20,15 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringflash.accord import accord_of
 from ringflash.auto import choose_layout, choose_route
 from ringflash.balance import balanced
+from ringflash.check import settle
+from ringflash.groups import Group, address, connect_all, connect_axes, nodes, resolve_axes
 from ringflash.layout import LAYOUTS, Layout
 from ringflash.mask import Mask, causal, full
 from ringflash.plan import Plan, derive
-from ringflash.recipe import recipes
+from ringflash.recipe import Bound, Watched, recipes
 from ringflash.route import ROUTES, Route, tour_of
+from ringflash.terms import terms_of
 from ringflash.ulysses import Swap
-from ringflash.wire import Group, Wire, address, connect_all, connect_axes, nodes, resolve_axes
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Sharding:
     ``heads_axis``: so many neighbouring ranks share a shard, and swap heads for positions around the ring (Ulysses); or,
     where ``group`` is a mesh with two axes, the name of the axis on which they stand. Layout and route are for
     ``ring_ranks``, the rest of the ranks; query heads must be a multiple of the degree, key heads need not.
+
+    ``check``: how closely ranks watch each other, ``"off"``, ``"first"`` (compare what is new before it is sent), ``"always"``
+    (and label messages) or ``"verify"`` (and look at numbers; slow); None is what ``RINGFLASH_CHECK`` says, else "first".
 
     Raises ``ValueError`` or ``TypeError`` for what does not fit together, before anything is sent.
 
@@ -63,6 +69,7 @@ class Sharding:
     keys: int | None = field(default=None, kw_only=True)
     q_offset: int | None = field(default=None, kw_only=True)
     heads_axis: str | int | None = field(default=None, kw_only=True)
+    check: str | None = field(default=None, kw_only=True)
 
     local_length: int = field(init=False, compare=False, repr=False)
     """Number of positions that this rank holds."""
@@ -93,6 +100,7 @@ class Sharding:
             raise ValueError(f"Sharding: the documents of the mask cover {self.mask.length} positions, the keys {keys}")
         group, degree = resolve_axes(self.group, self.heads_axis)
         rings = address(group)[1] // degree
+        check = settle(self.check)
         layout = _settle_layout(self.layout, length, keys, rings, self.mask)
         queries, held = _lay_out(layout, length, rings), _lay_out(layout, keys, rings)
         settled = dict(
@@ -103,6 +111,7 @@ class Sharding:
             keys=keys,
             q_offset=offset,
             heads_axis=degree,
+            check=check.name,
             heads_degree=degree,
             _asked_route=self.route,
             _layouts=(queries, held),
@@ -157,8 +166,8 @@ class Sharding:
         """How the keys are spread: this sharding itself, unless ``keys`` is another length."""
         if self.keys == self.length:
             return self
-        layout, axis = self.layout, self.heads_axis
-        return Sharding(self.keys, self.group, full, layout, self.route, heads_axis=axis)  # type: ignore[arg-type]
+        given = (self.keys, self.group, full, self.layout, self.route)
+        return Sharding(*given, heads_axis=self.heads_axis, check=self.check)  # type: ignore[arg-type]
 
     def with_mask(self, mask: Mask) -> Sharding:
         """The same layout under another mask, with a plan of its own. Equal to passing ``mask=`` to a call.
@@ -170,7 +179,8 @@ class Sharding:
         other = self._relatives.get(mask)
         if other is None:
             given = (self.length, self.group, mask, self.layout, self._asked_route)
-            other = Sharding(*given, keys=self.keys, q_offset=self.q_offset, heads_axis=self.heads_axis)
+            more = dict(keys=self.keys, q_offset=self.q_offset, heads_axis=self.heads_axis, check=self.check)
+            other = Sharding(*given, **more)  # type: ignore[arg-type]
             if len(self._relatives) >= 8:  # documents change every batch
                 self._relatives.pop(next(iter(self._relatives)))
             self._relatives[mask] = other
@@ -213,10 +223,11 @@ class Sharding:
             raise TypeError(
                 "a Sharding with a process group cannot be pickled; build it on each rank from the same arguments"
             )
-        make = partial(Sharding, keys=self.keys, q_offset=self.q_offset, heads_axis=self.heads_axis)
+        more = dict(keys=self.keys, q_offset=self.q_offset, heads_axis=self.heads_axis, check=self.check)
+        make = partial(Sharding, **more)  # type: ignore[arg-type]
         return make, (self.length, self.group, self.mask, self.layout, self._asked_route)
 
-    def bind(self, queries: int, keys: int) -> tuple[Plan, Wire, Swap | None]:
+    def bind(self, queries: int, keys: int) -> Bound:
         """What an operator needs to run. The numbers of local tokens were checked before."""
         return self._bound
 
@@ -225,13 +236,24 @@ class Sharding:
         return derive(rank, queries, keys, self.mask, self.route, self.q_offset)
 
     @cached_property
-    def _bound(self) -> tuple[Plan, Wire, Swap | None]:
+    def _bound(self) -> Bound:
         ring, row = connect_axes(self.group, self.heads_degree)
         if row.ranks == 1:
-            return self.plan, ring, None
+            return Bound(self.plan, ring, None, self._watched)
         members = range(self.ring_rank * row.ranks, (self.ring_rank + 1) * row.ranks)
         queries, keys = (tuple(map(x.split(row.ranks).tokens, members)) for x in self._layouts)
-        return self.plan, ring, Swap(row, queries, keys, rings=self.ring_ranks)
+        return Bound(self.plan, ring, Swap(row, queries, keys, rings=self.ring_ranks), self._watched)
+
+    @cached_property
+    def _watched(self) -> Watched | None:
+        """Who watches this sharding's calls, if anybody does."""
+        check = settle(self.check)
+        if self.ranks == 1 or not check.compares:
+            return None
+        layout, route = self.layout, self.route
+        assert not isinstance(route, str)
+        terms = terms_of(self._layouts, layout, self.mask, route, self.q_offset or 0, self.heads_degree, check.name)
+        return Watched(accord_of(self.group), check, terms)
 
     @property
     def _held(self) -> Layout:

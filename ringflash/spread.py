@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ringflash.groups import Group, address, resolve, resolve_axes
 from ringflash.layout import Layout
 from ringflash.loss import IGNORED, Mean, Tiles, cross_entropy_sum
 from ringflash.mask import Mask, documents
 from ringflash.route import Route
 from ringflash.shard import Sharding
 from ringflash.tiling import Tiled
-from ringflash.wire import Group, address, resolve, resolve_axes
 
 SEQUENCE_DIMS: dict[str, int | None] = {
     "input_ids": 1,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ringflash.freight import Parcel
+from ringflash.guard import HEADS, Guard
 from ringflash.ranges import profiled
 from ringflash.wire import Message, Wire
 
@@ -82,7 +83,9 @@ class Swap:
         degree = self.wire.ranks
         return head_share(heads, kv_heads, degree, self.wire.rank if rank is None else rank, degree * self.rings)
 
-    def pool(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def pool(
+        self, queries: Sequence[Tensor], keys: Sequence[Tensor], guard: Guard | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """All tokens with this rank's heads, from this rank's tokens with all heads.
 
         ``queries``, at least one, have the query heads and tokens, ``keys`` the key heads and tokens.
@@ -93,6 +96,7 @@ class Swap:
         parts = self._trade(
             lambda peer: [x[:, :, side.heads[peer]] for x, side in cargo],
             lambda peer: [(side.tokens[peer], len(side.copies)) for side in sides],
+            guard or Guard(),
         )
         pooled = []
         for i, (x, side) in enumerate(cargo):
@@ -103,7 +107,12 @@ class Swap:
         return pooled[: len(queries)], pooled[len(queries) :]
 
     def spread(
-        self, queries: Sequence[Tensor], keys: Sequence[Tensor], heads: int, kv_heads: int
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        heads: int,
+        kv_heads: int,
+        guard: Guard | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's tokens with all heads, from all tokens with this rank's heads.
 
@@ -115,6 +124,7 @@ class Swap:
         parts = self._trade(
             lambda peer: [x[:, side.places[peer]] for x, side in cargo],
             lambda peer: [(side.tokens[here], side.heads[peer].stop - side.heads[peer].start) for side in sides],
+            guard or Guard(),
         )
         spread = []
         for i, (x, side) in enumerate(cargo):
@@ -137,21 +147,24 @@ class Swap:
         return [whole] * queries + [_Side(self.key_tokens, spans, copies)] * keys
 
     def _trade(
-        self, leaving: Callable[[int], list[Tensor]], coming: Callable[[int], list[tuple[int, int]]]
+        self, leaving: Callable[[int], list[Tensor]], coming: Callable[[int], list[tuple[int, int]]], guard: Guard
     ) -> list[Sequence[Tensor]]:
         """By rank, what comes from it: tensors with so many tokens and heads. ``leaving`` is what goes there."""
         mine, here = leaving(self.wire.rank), self.wire.rank
         dtypes, device = [x.dtype for x in mine], mine[0].device
         self.wire.warm_up(device)
         others = [peer for peer in range(self.wire.ranks) if peer != here]
-        sends = [(peer, _pack(leaving(peer)).buffer) for peer in others]
+        sends = [(peer, guard.seal(_pack(leaving(peer), guard.label), HEADS, here).buffer) for peer in others]
         rooms = {}
         for peer in others:
             shapes = [(x.shape[0], *size, *x.shape[3:]) for x, size in zip(mine, coming(peer), strict=True)]
-            rooms[peer] = Parcel.blank(shapes, dtypes, device)
+            rooms[peer] = Parcel.blank(shapes, dtypes, device, guard.label)
         receives = [(peer, room.buffer) for peer, room in rooms.items()]
+        about = f"{guard}, swap of heads"
         with profiled("ringflash swap of heads"):
-            self.wire.exchange(_full(sends), _full(receives)).wait()
+            self.wire.exchange(_full(sends), _full(receives), about=about).wait()
+        for peer, room in rooms.items():
+            guard.admit(room, HEADS, peer, None, f"heads from rank {peer} of those that share a shard")
         return [mine if peer == here else rooms[peer].tensors for peer in range(self.wire.ranks)]
 
 
@@ -172,8 +185,8 @@ class _Side:
         return [slice(a, b) for a, b in pairwise(accumulate(self.tokens, initial=0))]
 
 
-def _pack(tensors: Sequence[Tensor]) -> Parcel:
-    parcel = Parcel.blank([x.shape for x in tensors], [x.dtype for x in tensors], tensors[0].device)
+def _pack(tensors: Sequence[Tensor], label: int) -> Parcel:
+    parcel = Parcel.blank([x.shape for x in tensors], [x.dtype for x in tensors], tensors[0].device, label)
     for inside, x in zip(parcel.tensors, tensors, strict=True):
         inside.copy_(x)
     return parcel

@@ -82,9 +82,9 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     posted: list[int] = []
     exchange = LocalWire.exchange
 
-    def counted(self: LocalWire, sends: Any, receives: Any, channel: int = 0) -> Any:
+    def counted(self: LocalWire, sends: Any, receives: Any, *more: Any) -> Any:
         posted.extend(1 for _ in sends)
-        return exchange(self, sends, receives, channel)
+        return exchange(self, sends, receives, *more)
 
     monkeypatch.setattr(LocalWire, "exchange", counted)
     return posted

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import ringflash as rf
+from ringflash.groups import address, nodes, resolve, resolve_axes
 from ringflash.layout import LAYOUTS
 from ringflash.ulysses import Swap, head_share
-from ringflash.wire import Crossing, Message, Pending, Slice, address, nodes, resolve, resolve_axes
+from ringflash.wire import Crossing, Message, Pending, Slice
 
 CPU = torch.device("cpu")
 
@@ -87,9 +88,11 @@ class Counted:
     def warm_up(self, device: torch.device, channels: int = 1) -> None:
         self._wire.warm_up(device, channels)
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message], channel: int = 0) -> Pending:
+    def exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], channel: int = 0, about: object = ""
+    ) -> Pending:
         self.sent.append({peer: buffer.nbytes for peer, buffer in sends})
-        return self._wire.exchange(sends, receives, channel)
+        return self._wire.exchange(sends, receives, channel, about)
 
 
 def owned(tensors: Sequence[Tensor]) -> bool:
@@ -277,7 +280,7 @@ def test_rows_of_the_grid_hold_neighbouring_parts_of_one_shard(problem: tuple[in
         assert (s.plan.rank, s.plan.queries, s.plan.keys) == (rank // degree, shards, shards)
         assert len(s.positions) == s.local_length == s.local_keys
         held.append(s.positions.tolist())
-        plan, ring, swap = s.bind(s.local_length, s.local_keys)
+        plan, ring, swap, _ = s.bind(s.local_length, s.local_keys)
         assert (plan, ring.rank, ring.ranks) == (s.plan, s.ring_rank, ring_ranks)
         assert (swap is None) == (degree == 1)
         if swap:

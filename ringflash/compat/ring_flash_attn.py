@@ -41,10 +41,10 @@ from ringflash.compat.arguments import (
     qkvpacked,
     read_offsets,
 )
+from ringflash.groups import Group, address, resolve
 from ringflash.layout import LAYOUTS, Layout, solid
 from ringflash.mask import Mask, documents, full
 from ringflash.shard import Sharding
-from ringflash.wire import Group, address, resolve
 
 __all__ = [
     "llama3_flash_attn_prepare_cu_seqlens",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ringflash.data.documents import Stream, find
 from ringflash.data.packing import Fit, Overflow, Row, number, pack, used
 from ringflash.data.reader import Parts, Reader, narrowed
+from ringflash.groups import Group, address, processes, resolve, resolve_axes
 from ringflash.layout import Layout
 from ringflash.mask import Mask, causal
 from ringflash.route import Route
 from ringflash.shard import Sharding
-from ringflash.wire import Group, address, processes, resolve, resolve_axes
 
 
 class _Step(NamedTuple):
@@ -162,7 +162,12 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
         return {"epoch": self._epoch, "rows_done": self._done, "order": self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there, on any number of ranks. Raises ``ValueError`` if that was another order of rows."""
+        """Go on there, on any number of ranks. Raises ``ValueError`` if that was another order of rows, or no place in it.
+
+        That an epoch has so many rows shows when they are planned: when the loader is iterated.
+        """
+        if not isinstance(state, Mapping) or not isinstance(state.get("order", {}), Mapping):
+            raise TypeError(f"PackedLoader: the state is {state!r:.80}; what state_dict() returned is needed")
         mine, order = self._identity, state.get("order", {})
         other = [name for name in mine if order.get(name) != mine[name]]
         if other:
@@ -170,7 +175,10 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
             raise ValueError(
                 f"PackedLoader: the state is of rows in another order, with {was}; it cannot go on in this one"
             )
-        self._epoch, self._done = state["epoch"], state["rows_done"]
+        epoch, done = (
+            number(state.get(name), f"PackedLoader: {name} of the state", 0) for name in ("epoch", "rows_done")
+        )
+        self._epoch, self._done = epoch, done
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
@@ -201,9 +209,15 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
     def _steps(self) -> Iterator[_Step]:
         """The batches of this epoch, from the first row on that is not done."""
         first, ranks = self._data[0] * self._rows, self._data[1]
-        rows, done = self._kept(), self._done
+        rows, done, passed = self._kept(), self._done, 0
         for row in islice(rows, done):
             self._release(row)
+            passed += 1
+        if passed < done:
+            raise ValueError(
+                f"PackedLoader: the state says that {done} rows of epoch {self._epoch} are done, and it has {passed}; it is "
+                "damaged, or of other documents"
+            )
         while True:
             mine, count, tokens = [], 0, 0
             for place, row in enumerate(islice(rows, self._rows * ranks)):

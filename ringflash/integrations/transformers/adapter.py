@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ringflash.groups import address, connect_all
 from ringflash.integrations.transformers.attention import MASKS, NAME, TOLD, Told, narrow
 from ringflash.integrations.transformers.packing import documents_of, takes_positions_from_padding
 from ringflash.integrations.transformers.refusals import (
@@ -31,7 +32,6 @@ from ringflash.integrations.transformers.rotary import asks_for_the_last_positio
 from ringflash.mask import Mask
 from ringflash.shard import Sharding
 from ringflash.spread import with_padding
-from ringflash.wire import address, connect_all
 
 WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window")
 

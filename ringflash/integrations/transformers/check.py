@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ringflash.groups import Group, connect_all
 from ringflash.integrations.transformers.refusals import text_config
 from ringflash.partial import accumulation_dtype
 from ringflash.sequence_parallel import SequenceParallel
-from ringflash.wire import Group, connect_all
 
 
 @dataclass(frozen=True)

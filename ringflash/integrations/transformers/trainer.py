@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ringflash.groups import Group, address, connect_all
 from ringflash.layout import Layout
 from ringflash.mask import Mask, causal
 from ringflash.route import Route
 from ringflash.spread import Spread
-from ringflash.wire import Group, address, connect_all
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports much else, which who has no Trainer does without

@@ -1,0 +1,238 @@
+"""Ranks agree on what they are about to do, before anything of it is sent.
+
+A call of one rank is a set of short texts: its name, the sharding's terms, shapes, dtypes, options. What is new is compared
+once, through the board of the group:
+
+    every rank    posts its texts under a key of its own
+    rank 0        reads them all, posts one verdict: which texts, and of which ranks each
+    every rank    reads the verdict, and raises if there is more than one text, or a rank is missing
+
+so a thousand ranks cost one read, and errors are raised on all of them, which name ranks and fields. What ranks have agreed on
+is remembered, and costs a look into a table. The table is the same on all ranks, since all that enters it was compared: so all
+of them find a call in it, or none does, unless one of them does something else than the others.
+
+    rank 0, 2    call 7, as agreed     wait for rank 1 in a hop         "rank 1 is about to start something else: k dtype ..."
+    rank 1       call 7, in float16    waits for rank 0 to compare      "call 7, which is new here: query: ... float16 ..."
+
+A grid of ranks has a board along each axis: what a row has found out is compared along the columns, so everybody learns of
+everybody.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from ringflash.board import Board
+from ringflash.errors import DisagreementError, NonFiniteError, PeerError, RingflashError
+from ringflash.groups import Grid, Group, address, boards, connect_all
+from ringflash.guard import Unread
+from ringflash.terms import HIDDEN, Terms
+
+_MOST = 1024  # calls and shardings that are remembered
+_KINDS = 64  # different texts that a verdict tells apart
+_SOON = 1.0  # seconds after which a rank that waits says so
+_GRACE = 1.0  # seconds that a verdict may take longer than the notes
+
+
+Survey = dict[str, list[int]]
+"""For each text that was posted, the ranks that posted it."""
+
+
+class Accord:
+    """What the ranks of one group have agreed on. Each rank has its own; made by :func:`accord_of`."""
+
+    def __init__(self, group: Group) -> None:
+        self.rank, self.ranks = address(group)
+        self.everyone = connect_all(group)
+        self.unread: Unread = deque()
+        """What was written down on the device in earlier calls: raises if it is wrong, returns whether it could be read."""
+        self._levels = [(board, members) for board, members in boards(group) if board.ranks > 1]
+        self._calls = self._round = 0
+        self._agreed: dict[Hashable, None] = {}
+        self._last: dict[str, dict[str, str]] = {}
+
+    def enter(
+        self,
+        name: str,
+        key: Hashable,
+        terms: Terms | None,
+        texts: Callable[[], Mapping[str, str]],
+        every_call: bool = False,
+        fault: str = "",
+    ) -> int:
+        """The number of this call, once all ranks are known to make it.
+
+        ``key`` stands for ``texts()``, which are only spelled if it is new; both hold nothing that may differ between ranks.
+        ``fault``: this rank cannot go on, for this reason, which is then raised on all ranks (``every_call`` only).
+        Raises :class:`DisagreementError`, or :class:`PeerError` if a rank does not come.
+        """
+        while self.unread and self.unread[0]():
+            self.unread.popleft()
+        while self.unread and self.unread[0]():
+            self.unread.popleft()
+        self._calls += 1
+        digest = None if terms is None else terms.digest
+        if (name, key) not in self._agreed or digest not in self._agreed or every_call:
+            self._compare(name, {**texts(), **({} if terms is None else terms.texts)}, fault)
+            for new in ((name, key), digest):
+                self._agreed[new] = None
+            while len(self._agreed) > _MOST:  # the oldest: in the same order on all ranks
+                del self._agreed[next(iter(self._agreed))]
+        return self._calls
+
+    def _compare(self, name: str, texts: Mapping[str, str], fault: str) -> None:
+        mine = {"call": f"{self._calls} ({name})", **texts, "fault": fault}
+        self._round += 1
+        known: Survey = {json.dumps(mine): [self.rank]}
+        for board, members in self._levels:
+            prefix = f"ringflash/{len(self._levels)}/{self._round}"
+            try:
+                known, absent = _survey(board, members, prefix, known, self._waits_for(mine))
+            except RingflashError:
+                raise
+            except RuntimeError as error:
+                told = board.distress(f"could not compare call {mine['call']}: {error}")
+                raise PeerError(f"{self._me}: ranks could not compare call {mine['call']}: {error}.{told}") from error
+            if absent:
+                raise self._left_alone(board, absent, mine)
+        found = [(_texts(note), ranks) for note, ranks in known.items()]
+        faults = [f"rank {rank}: {x['fault']}" for x, ranks in found for rank in sorted(ranks) if x.get("fault")]
+        if faults:
+            raise NonFiniteError(f"{self._me}: call {mine['call']} is not made. {'; '.join(faults[:8])}")
+        if len(found) > 1:
+            raise DisagreementError(f"{self._me}: ranks disagree on call {mine['call']}: {_differences(found)}")
+        self._last[name] = mine
+
+    def _waits_for(self, mine: dict[str, str]) -> str:
+        """What this rank would say of its waiting."""
+        name = mine["call"].partition(" ")[2].strip("()")
+        agreed = self._last.get(name)
+        if agreed is None:
+            return f"all ranks to compare call {mine['call']}, the first of its kind"
+        news = _differences([({**mine, "call": ""}, [self.rank]), ({**agreed, "call": ""}, [])], "as agreed before")
+        return f"all ranks to compare call {mine['call']}" + (f", which is new to it: {news}" if news else "")
+
+    def _left_alone(self, board: Board, absent: list[int], mine: dict[str, str]) -> PeerError:
+        waited = self._waits_for(mine)
+        told = board.distress(f"waited for {waited}; {_ranks(absent)} did not come")
+        others = "go on with what was agreed, or are" if "new to it" in waited else "are"
+        return PeerError(
+            f"{self._me}: {_ranks(absent)} did not come within {board.seconds:g} s; this rank waits for {waited}. They "
+            f"{others} dead, stopped, far behind or have left this call out: their own output says what they do; if they are "
+            f"only slow, raise RINGFLASH_TIMEOUT.{told}"
+        )
+
+    @property
+    def _me(self) -> str:
+        return f"ringflash, rank {self.rank} of {self.ranks}"
+
+
+def accord_of(group: Group) -> Accord:
+    """The accord of a resolved group, the same at every call."""
+    if isinstance(group, tuple):
+        return Accord(group)
+    outer, inner = (group.ring, group.heads) if isinstance(group, Grid) else (group, None)
+    accords = _accords.setdefault(outer, {})
+    if inner not in accords:
+        accords[inner] = Accord(group)
+    return accords[inner]
+
+
+_accords: weakref.WeakKeyDictionary[Any, dict[Any, Accord]] = weakref.WeakKeyDictionary()
+
+
+def _survey(
+    board: Board, members: Sequence[Sequence[int]], prefix: str, known: Survey, what: str
+) -> tuple[Survey, list[int]]:
+    """What all ranks of a board know together, and those of them that did not come.
+
+    ``members[i]`` are the ranks for which the board's rank i speaks. Notes are taken away when they have been read.
+    """
+    keys, verdict = [f"{prefix}/{rank}" for rank in range(board.ranks)], f"{prefix}/verdict"
+    board.post(keys[board.rank], json.dumps(known))
+    if board.rank == 0:
+        absent = _await(board, keys, board.seconds, what)
+        together: Survey = {}
+        for note in board.read([key for key in keys if key not in absent]):
+            for text, ranks in _survey_of(note).items():
+                if text in together or len(together) < _KINDS:
+                    together.setdefault(text, []).extend(ranks)
+        missing = [rank for key, ranks in zip(keys, members, strict=True) if key in absent for rank in ranks]
+        board.post(verdict, json.dumps({"known": together, "absent": missing}))
+        board.remove([keys[0], *_before(verdict)])  # who came to this round has read the verdict of the last
+        return together, missing
+    if _await(board, [verdict], board.seconds + _GRACE, what):
+        absent = board.missing(keys, 0, what)
+        return known, [rank for key, ranks in zip(keys, members, strict=True) if key in absent for rank in ranks]
+    (note,) = board.read([verdict])
+    board.remove([keys[board.rank]])
+    judged = json.loads(note)
+    return _survey_of(json.dumps(judged["known"])), [int(rank) for rank in judged["absent"]]
+
+
+def _await(board: Board, keys: list[str], seconds: float, what: str) -> list[str]:
+    """As ``Board.missing``; a rank that waits for long says so."""
+    soon = min(_SOON, seconds)
+    absent = board.missing(keys, soon, what)
+    if not absent:
+        return []
+    board.waiting(what)
+    absent = board.missing(keys, seconds - soon, what)
+    if not absent:
+        board.waiting("")
+    return absent
+
+
+def _before(verdict: str) -> list[str]:
+    head, number, tail = verdict.rsplit("/", 2)
+    return [f"{head}/{int(number) - 1}/{tail}"] if int(number) > 1 else []
+
+
+def _survey_of(note: str) -> Survey:
+    """A survey as another rank has written it; of anything else ``ValueError``."""
+    found = json.loads(note)
+    if not isinstance(found, dict) or not all(isinstance(ranks, list) for ranks in found.values()):
+        raise ValueError(f"a note that is no survey: {note[:80]!r}")
+    return {str(text): [int(rank) for rank in ranks] for text, ranks in found.items()}
+
+
+def _texts(note: str) -> dict[str, str]:
+    found = json.loads(note)
+    return {str(name): str(text) for name, text in found.items()}
+
+
+def _differences(found: Sequence[tuple[Mapping[str, str], Sequence[int]]], nobody: str = "nobody") -> str:
+    """Every field that is not the same in all, with who has what.
+
+    >>> _differences([({"dtype": "bfloat16", "heads": "8"}, [0, 2]), ({"dtype": "float16", "heads": "8"}, [1])])
+    'dtype: bfloat16 on ranks 0, 2 and float16 on rank 1'
+    """
+    names = list(dict.fromkeys(name for texts, _ in found for name in texts))
+    parts: dict[str, str] = {}
+    for name in names:
+        if name.removesuffix(HIDDEN) in parts:
+            continue
+        values: dict[str, list[int]] = {}
+        for texts, ranks in found:
+            values.setdefault(texts.get(name, "nothing"), []).extend(ranks)
+        if len(values) > 1:
+            who = (
+                f"{text or 'nothing'} {f'on {_ranks(ranks)}' if ranks else nobody}" for text, ranks in values.items()
+            )
+            parts[name] = f"{name.replace(HIDDEN, ' (by digest)')}: {' and '.join(who)}"
+    return "; ".join(parts.values())
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Some ranks in words, few of many.
+
+    >>> _ranks([1]), _ranks([4, 0, 2])
+    ('rank 1', 'ranks 0, 2, 4')
+    """
+    shown = sorted(ranks)
+    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+    return f"{'rank' if len(shown) == 1 else 'ranks'} {', '.join(map(str, shown[:8]))}{more}"

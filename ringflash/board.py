@@ -1,0 +1,161 @@
+"""Notes that the ranks of a group leave for each other, beside the tensors that they send.
+
+A board is the group's key-value store, seen by one rank: small texts, no collective, nothing that could pair with a message
+of somebody else. Ranks compare what they are about to do there (``accord.py``), and say there why they stop:
+
+    rank 2 waits for rank 1, in vain            a line on the board, and a moment for others to write theirs
+    rank 0 lost rank 1: connection closed       a line before it
+    what both raise                             their own trouble, whose line came first, and who has not written any
+
+Texts are JSON with capped sizes, never pickle: the store is open to the network that the job runs in (SECURITY.md).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+LONGEST = 1 << 20  # bytes of a note: 1,000 ranks that all differ
+_LINE = 1000  # characters of a line about a failure
+_MOMENT = 1.5  # seconds that ranks give each other to say what happened to them
+_FAILURES, _WAITING = "ringflash/failures", "ringflash/waiting/{}"
+
+
+class Store(Protocol):
+    """What a board needs of a store; those of ``torch.distributed`` have it."""
+
+    def set(self, key: str, value: str, /) -> Any: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def delete_key(self, key: str, /) -> Any: ...
+
+
+class Board(Protocol):
+    """The notes of ``ranks`` ranks, of which this is number ``rank``."""
+
+    rank: int
+    ranks: int
+    seconds: float
+    """How long a rank waits for others before it gives up."""
+
+    def post(self, key: str, note: str) -> None:
+        """Leave a note under a key."""
+
+    def read(self, keys: Sequence[str]) -> list[str]:
+        """The notes under keys that are all there."""
+
+    def missing(self, keys: Sequence[str], seconds: float, what: str) -> list[str]:
+        """Wait until there are notes under all ``keys``, for so long at most; those that are not there."""
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Take notes away; whether they are there or not."""
+
+    def waiting(self, what: str) -> None:
+        """Say what this rank waits for, before it gives up; "" if it does no longer."""
+
+    def distress(self, trouble: str) -> str:
+        """Tell the others why this rank stops; returns what they have told, in sentences to be put behind its own."""
+
+
+@dataclass
+class StoreBoard:
+    """A board on a store. ``name`` is what people know a rank by: its number in the world, and its host."""
+
+    store: Store
+    rank: int
+    ranks: int
+    seconds: float
+    name: Callable[[int], str] = "rank {}".format
+
+    def post(self, key: str, note: str) -> None:
+        if len(note) > LONGEST:
+            raise ValueError(f"a note of {len(note):,} characters under {key!r}; {LONGEST:,} are allowed")
+        self.store.set(key, note)
+
+    def read(self, keys: Sequence[str]) -> list[str]:
+        many = getattr(self.store, "multi_get", None)
+        if many is not None and len(keys) > 1 and self.store.has_extended_api():  # type: ignore[attr-defined]
+            notes = many(list(keys))
+        else:
+            notes = [self.store.get(key) for key in keys]
+        for key, note in zip(keys, notes, strict=True):
+            if len(note) > LONGEST:
+                raise ValueError(f"a note of {len(note):,} bytes under {key!r}; {LONGEST:,} are allowed")
+        return [note.decode() for note in notes]
+
+    def missing(self, keys: Sequence[str], seconds: float, what: str) -> list[str]:
+        """Looks rarely if it waits long: a thousandth of a second at first, then after a tenth of the time waited."""
+        began = time.monotonic()
+        while keys and not self.store.check(list(keys)):
+            waited = time.monotonic() - began
+            if waited > seconds:
+                return self._absent(list(keys))
+            time.sleep(min(max(waited / 10, 0.0002), 0.25, seconds))
+        return []
+
+    def remove(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.store.delete_key(key)
+
+    def waiting(self, what: str) -> None:
+        if what:
+            self.post(_WAITING.format(self.rank), what[:_LINE])
+        else:
+            self.remove([_WAITING.format(self.rank)])
+
+    def distress(self, trouble: str) -> str:
+        try:
+            line = json.dumps({"rank": self.rank, "at": time.time(), "trouble": trouble[:_LINE]})
+            self.store.append(  # type: ignore[attr-defined]  # torch's stubs leave it out
+                _FAILURES, line + "\n"
+            )
+            began = time.monotonic()
+            while len(lines := self._lines()) < self.ranks and time.monotonic() - began < _MOMENT:
+                time.sleep(0.05)
+            silent = sorted(set(range(self.ranks)) - {x["rank"] for x in lines})
+            waiting = {rank: key for rank in silent[:8] if self.store.check([key := _WAITING.format(rank)])}
+            lines += [
+                {"rank": rank, "trouble": f"waits for {self.store.get(key)[:_LINE].decode(errors='replace')}"}
+                for rank, key in waiting.items()
+            ]
+        except (RuntimeError, ValueError) as error:  # the store died with the rank that held it
+            return f" (The other ranks could not be asked: {str(error).splitlines()[0]})"
+        told = [x for x in lines if x["rank"] != self.rank]
+        silent = [rank for rank in silent if rank not in waiting]
+        text = ""
+        if told:
+            text += f" What others said, the earliest first: {'; '.join(self._spell(x) for x in told[:4])}."
+        if silent:
+            text += f" Nothing has been heard of {', '.join(map(self.name, silent[:8]))}."
+        return text
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The last line of each rank, in the order in which they were written, but for those of an earlier trouble."""
+        newest: dict[int, dict[str, Any]] = {}
+        if not self.store.check([_FAILURES]):
+            return []
+        for text in self.store.get(_FAILURES)[-LONGEST:].decode(errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+                line = {"rank": int(line["rank"]), "at": float(line["at"]), "trouble": str(line["trouble"])[:_LINE]}
+            except (ValueError, KeyError, TypeError):
+                continue
+            newest.pop(line["rank"], None)
+            newest[line["rank"]] = line
+        recent = max((x["at"] for x in newest.values()), default=0) - 2 * self.seconds - 10
+        return [x for x in newest.values() if x["at"] >= recent]
+
+    def _spell(self, line: dict[str, Any]) -> str:
+        return f"{self.name(line['rank'])}: {line['trouble'].rstrip('.')}"
+
+    def _absent(self, keys: list[str]) -> list[str]:
+        """Those of ``keys`` that are not there, by halves: a store says whether all of some are."""
+        if self.store.check(keys):
+            return []
+        if len(keys) == 1:
+            return keys
+        half = len(keys) // 2
+        return self._absent(keys[:half]) + self._absent(keys[half:])
