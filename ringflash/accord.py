@@ -23,13 +23,14 @@ from __future__ import annotations
 import json
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from ringflash.board import Board
+from ringflash.check import Check
 from ringflash.errors import DisagreementError, NonFiniteError, PeerError, RingflashError
 from ringflash.groups import Grid, Group, address, boards, connect_all
-from ringflash.guard import Unread
+from ringflash.guard import Guard, Unread
 from ringflash.terms import HIDDEN, Terms
 
 _MOST = 1024  # calls and shardings that are remembered
@@ -54,35 +55,56 @@ class Accord:
         self._calls = self._round = 0
         self._agreed: dict[Hashable, None] = {}
         self._last: dict[str, dict[str, str]] = {}
+        self._guards: dict[str, Guard] = {}
+
+    def recall(self, key: Hashable, digest: str) -> int:
+        """The number of a call that all ranks have agreed on before; 0 if they have not."""
+        if self.unread:
+            self._read()
+        if key in self._agreed and digest in self._agreed:
+            self._calls += 1
+            return self._calls
+        return 0
 
     def enter(
         self,
         name: str,
         key: Hashable,
         terms: Terms | None,
-        texts: Callable[[], Mapping[str, str]],
+        texts: Mapping[str, str],
         every_call: bool = False,
         fault: str = "",
     ) -> int:
         """The number of this call, once all ranks are known to make it.
 
-        ``key`` stands for ``texts()``, which are only spelled if it is new; both hold nothing that may differ between ranks.
+        ``key`` stands for ``texts``, which is compared if it is new; neither holds anything that may differ between ranks.
         ``fault``: this rank cannot go on, for this reason, which is then raised on all ranks (``every_call`` only).
         Raises :class:`DisagreementError`, or :class:`PeerError` if a rank does not come.
         """
-        while self.unread and self.unread[0]():
-            self.unread.popleft()
-        while self.unread and self.unread[0]():
-            self.unread.popleft()
+        self._read()
         self._calls += 1
         digest = None if terms is None else terms.digest
-        if (name, key) not in self._agreed or digest not in self._agreed or every_call:
-            self._compare(name, {**texts(), **({} if terms is None else terms.texts)}, fault)
-            for new in ((name, key), digest):
+        if key not in self._agreed or digest not in self._agreed or every_call:
+            self._compare(name, {**texts, **({} if terms is None else terms.texts)}, fault)
+            for new in (key, digest):
                 self._agreed[new] = None
             while len(self._agreed) > _MOST:  # the oldest: in the same order on all ranks
                 del self._agreed[next(iter(self._agreed))]
         return self._calls
+
+    def guard(self, check: Check, number: int, name: str, digest: int) -> Guard:
+        """What accompanies the messages of a call. Where it labels none it only knows what the call is, and serves again."""
+        if check.labels:
+            return Guard(check, number, name, digest, self.rank, self.ranks, self.unread)
+        guard = self._guards.get(name)
+        if guard is None:
+            guard = self._guards[name] = Guard(check, number, name, digest, self.rank, self.ranks)
+        guard.call = number
+        return guard
+
+    def _read(self) -> None:
+        while self.unread and self.unread[0]():
+            self.unread.popleft()
 
     def _compare(self, name: str, texts: Mapping[str, str], fault: str) -> None:
         mine = {"call": f"{self._calls} ({name})", **texts, "fault": fault}

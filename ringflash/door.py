@@ -40,12 +40,14 @@ def enter(
     accord, check, terms = watched
     q, k, v = tensors
     batch, _, heads, dim = q.shape
-    kv_heads, value_dim = k.shape[2], v.shape[3]
-    slopes = scoring.alibi_slopes
-    key = (
-        *(batch, heads, dim, kv_heads, value_dim, q.dtype, scoring.scale, scoring.softcap, scoring.dropout_p),
-        *(backend, deterministic, sinks is None, slopes is None or slopes.ndim),
-    )
+    _, _, kv_heads, value_dim = v.shape
+    scale, softcap, dropout_p, slopes = scoring.scale, scoring.softcap, scoring.dropout_p, scoring.alibi_slopes
+    shapes = (name, batch, heads, dim, kv_heads, value_dim, q.dtype)
+    key = (shapes, scale, softcap, dropout_p, backend, deterministic, sinks is None, slopes is None or slopes.ndim)
+    if not check.every_call:
+        number = accord.recall(key, terms.digest)
+        if number:
+            return accord.guard(check, number, name, terms.number)
 
     def texts() -> dict[str, str]:
         return {
@@ -56,10 +58,10 @@ def enter(
             "key heads": str(kv_heads),
             "head_dim": str(dim),
             "head_dim of value": str(value_dim),
-            "scale": repr(scoring.scale),
-            "softcap": repr(scoring.softcap),
-            "dropout_p": repr(scoring.dropout_p),
-            "seed": str(scoring.seed) if scoring.dropout_p else "",
+            "scale": repr(scale),
+            "softcap": repr(softcap),
+            "dropout_p": repr(dropout_p),
+            "seed": str(scoring.seed) if dropout_p else "",
             "backend": backend,
             "deterministic": str(deterministic),
             "sinks": _spell(sinks, check.numbers),
@@ -69,8 +71,8 @@ def enter(
     fault = ""
     if check.numbers:
         fault = unfit({"query": q, "key": k, "value": v, **(more or {})})
-    number = accord.enter(name, key, terms, texts, check.every_call, fault)
-    return Guard(check, number, name, terms.number, accord.rank, accord.ranks, accord.unread)
+    number = accord.enter(name, key, terms, texts(), check.every_call, fault)
+    return accord.guard(check, number, name, terms.number)
 
 
 def _spell(tensor: Tensor | None, numbers: bool) -> str:
