@@ -3,22 +3,33 @@
 #     make train    trains a small byte-level transformer with ring attention on $(PROCESSES) processes
 #     make test     runs the suite
 #
-# Both make .venv on first use, and again whenever pyproject.toml or constraints.txt changes: what training needs, and for
-# the tests what they need beside it. torch is installed alone and first, at the version in constraints.txt, so that no
-# other package can pull in another build of it.
+# Both make .venv on first use, and again whenever pyproject.toml, constraints.txt or locked/ changes: what training needs, and
+# for the tests what they need beside it. Every package is verified against the SHA-256 in locked/, but for torch: that is
+# installed alone and first, at the version in constraints.txt, in whatever build this machine's index has, with the CUDA parts
+# that this build asks for. LOCKED=1, for CI, verifies these too: a build without CUDA that locked/ knows, else the release's.
 #
 #     make train PROCESSES=4 ARGS="--steps 500"        make test ARGS="-k zigzag -x"        make test PYTHON=python3.12
 
 PYTHON    ?= python3
 PROCESSES ?= 2
 ARGS      ?=
+LOCKED    ?=
 
 VENV    := .venv
 BIN     := $(VENV)/bin
 LEAST   := $(VENV)/.trains
 STAMP   := $(VENV)/.installed
-EXTRAS  := train,test,dev
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+HASHED  := $(PIP) install -qq --no-deps --no-build-isolation --require-hashes
+LOCKS   := pyproject.toml constraints.txt $(wildcard locked/*.txt)
+
+ifeq ($(LOCKED),1)
+TORCH   := $(HASHED) -r locked/torch_cpu.txt 2>/dev/null || $(HASHED) -r locked/torch.txt
+CUDA    := $(HASHED) -r locked/cuda.txt
+else
+TORCH   := $(PIP) install -qq --no-deps -c constraints.txt torch
+CUDA    := $(PIP) install -qq -c constraints.txt torch
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-slow lint clean
@@ -28,24 +39,26 @@ help:
 	@echo "make test        run the test suite (ARGS= goes to pytest)"
 	@echo "make test-slow   run the slow tests"
 	@echo "make lint        ruff and mypy"
-	@echo "make install     only make $(VENV)"
+	@echo "make install     only make $(VENV) (LOCKED=1: torch by its hash, too)"
 	@echo "make clean       remove caches and build products; keeps $(VENV) and runs/"
 
 install: $(STAMP)
 
-$(LEAST): pyproject.toml constraints.txt
+$(LEAST): $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer, please: make PYTHON=...")'
 	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing torch (the large one: minutes on a slow line)"
-	@$(INSTALL) torch
-	@echo "Installing ringflash, editable, with [train]"
-	@$(INSTALL) hatchling
-	@$(INSTALL) --no-build-isolation -e ".[train]"
+	@$(TORCH)
+	@echo "Installing what training needs: locked/train.txt"
+	@$(HASHED) -r locked/train.txt
+	@! $(PIP) check | grep '^torch .* requires' >/dev/null || { echo "Installing what this build of torch asks for"; $(CUDA); }
+	@echo "Installing ringflash, editable"
+	@$(PIP) install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(STAMP): $(LEAST)
-	@echo "Installing what tests and integrations need: [$(EXTRAS)]"
-	@$(INSTALL) --no-build-isolation -e ".[$(EXTRAS)]"
+	@echo "Installing what tests and integrations need: locked/all.txt"
+	@$(HASHED) -r locked/all.txt
 	@touch $@
 
 # Threads of one training process: the machine's cores shared out, at least 1, at most 8 (the model is small).

@@ -1,15 +1,68 @@
-"""The wheel is what users get: build it, hide the sources, and use it."""
+"""The wheel is what users get: build it, hide the sources, and use it. What CI installs is known to the byte."""
 
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCKS = sorted((ROOT / "locked").glob("*.txt"))
+SUITE = {"python_version": "3.11", "python_full_version": "3.11.9", "sys_platform": "linux", "platform_system": "Linux"}
 
-pytestmark = pytest.mark.slow
+
+def locked(file: Path) -> dict[Requirement, list[str]]:
+    """The requirements of a lock file, with the SHA-256 of each of their files."""
+    entries = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", file.read_text(), flags=re.M).strip())
+    return {
+        Requirement(entry.splitlines()[0].rstrip(" \\")): re.findall(
+            r"--hash=sha256:([0-9a-f]{64})(?= \\$|$)", entry, re.M
+        )
+        for entry in entries
+    }
+
+
+def versions(requirements: list[Requirement]) -> dict[str, str]:
+    """Name to version of those that the suite's machine installs, build tags of torch left out."""
+    here = [r for r in requirements if r.marker is None or r.marker.evaluate(SUITE)]
+    return {r.name.lower(): str(r.specifier).removeprefix("==").removesuffix("+cpu") for r in here}
+
+
+@pytest.mark.parametrize("file", LOCKS, ids=lambda file: file.stem)
+def test_every_locked_package_is_one_version_with_hashes(file: Path) -> None:
+    """A line without a hash, with a range or with an address would let an index choose what CI runs."""
+    names = re.findall(r"^[^#\s].*", file.read_text(), flags=re.M)
+    assert names and all(re.fullmatch(r"[a-z0-9-]+==[^\s;*]+( ; [^\\]+)? \\", line) for line in names)
+    assert all(hashes and len(set(hashes)) == len(hashes) for hashes in locked(file).values())
+    assert file.read_text().count("--hash") == sum(map(len, locked(file).values()))
+
+
+def test_locks_and_constraints_agree() -> None:
+    """Somebody who installs by constraints gets the versions that CI has verified, and the other way round."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    wanted = versions([Requirement(line) for line in lines if line and not line.startswith("#")])
+    found = {file.stem: versions(list(locked(file))) for file in LOCKS}
+    assert wanted == found["all"] | found["torch"] == found["all"] | found["torch_cpu"]
+    assert found["train"].items() <= found["all"].items()
+    assert all(re.match("(nvidia|cuda)-", name) for name in found["cuda"])
+
+
+def test_what_the_project_requires_is_locked() -> None:
+    """A dependency that is added to pyproject.toml and not locked would be missing in CI, or come unverified."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    train = project["build-system"]["requires"] + project["project"]["dependencies"] + extras["train"]
+    suite = train + [line for name in extras if name != "tensorboard" for line in extras[name]]
+    torch = versions(list(locked(ROOT / "locked" / "torch.txt")))
+    for file, required in (("train", train), ("all", suite)):
+        found = versions(list(locked(ROOT / "locked" / f"{file}.txt"))) | torch
+        for requirement in map(Requirement, required):
+            if requirement.name != "ringflash" and (requirement.marker is None or requirement.marker.evaluate(SUITE)):
+                assert requirement.specifier.contains(found[requirement.name]), requirement
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -29,6 +82,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_both_packages_and_nothing_else(wheel):
     """Tests, launch scripts and benchmarks stay in the repository; the type markers and the licence travel."""
     names = zipfile.ZipFile(wheel).namelist()
@@ -38,6 +92,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_of_the_sources(wheel):
     """A file that the build leaves out is missed only by users."""
     packages = (ROOT / "ringflash", ROOT / "kernels" / "ringflash_kernels")
@@ -46,6 +101,7 @@ def test_the_wheel_holds_every_module_of_the_sources(wheel):
     assert packed == {name.replace("\\", "/") for name in written}
 
 
+@pytest.mark.slow
 def test_the_wheel_works_with_the_sources_hidden(wheel, tmp_path):
     """Both packages import from the unpacked wheel, and the ring is exact there."""
     target = tmp_path / "target"

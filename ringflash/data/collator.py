@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ringflash.data.documents import whole
+from ringflash.data.documents import whole, wide
 from ringflash.data.packing import number
 from ringflash.mask import Mask, documents
 from ringflash.spread import IGNORED
@@ -65,7 +65,7 @@ class PackingCollator:
                 )
             packed.append((np.full(self.length - edges[-1], self.pad_token), np.full(self.length - edges[-1], IGNORED)))
             edges = np.append(edges, self.length)
-        input_ids, labels = (np.concatenate([part[i] for part in packed]).astype(np.int64) for i in (0, 1))
+        input_ids, labels = (np.concatenate([part[i] for part in packed]) for i in (0, 1))
         labels[edges[:-1]] = IGNORED
         positions = np.arange(self.length) - np.repeat(edges[:-1], np.diff(edges))
         rows = {"input_ids": input_ids, "position_ids": positions, "labels": labels}
@@ -76,6 +76,7 @@ class PackingCollator:
         """The examples that the row takes, in order."""
         taken, room = [], self.length
         for place, (tokens, labels) in enumerate(examples):
+            tokens, labels = (wide(part, f"PackingCollator: example {place}") for part in (tokens, labels))
             if len(tokens) == 0:
                 raise ValueError(f"PackingCollator: example {place} is empty; leave empty examples out")
             if len(tokens) <= room:

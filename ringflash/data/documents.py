@@ -237,6 +237,16 @@ def integers(array: Any, name: str) -> np.ndarray:
     return found
 
 
+def wide(array: Any, name: str) -> np.ndarray:
+    """``array`` as int64, if it holds integers in one dimension that fit."""
+    found = integers(np.asarray(array), name)
+    if found.dtype == np.uint64 and len(found) and found.max() > np.iinfo(np.int64).max:
+        raise ValueError(
+            f"{name} is uint64 and has {found.max()}; tokens and labels are int64, and it would become negative"
+        )
+    return found.astype(np.int64, copy=False)
+
+
 def _agree(document: int, count: int, lengths: Any, name: str = "tokens") -> None:
     if count != lengths[document]:
         raise ValueError(f"documents[{document}] has {count} {name}, and {lengths[document]} by its length")

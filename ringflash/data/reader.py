@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringflash.data.documents import Source
+from ringflash.data.documents import Source, wide
 from ringflash.data.packing import Row, offsets
 from ringflash.layout import Layout
 from ringflash.mask import Mask, documents
@@ -63,7 +63,7 @@ class Reader:
         """The tokens of a document at ``at`` (ascending), and the labels of the tokens that follow each."""
         end = int(self.source.lengths[document])
         first, past = int(at[0]), min(int(at[-1]) + 2, end)
-        tokens, labels = self.source.read(document, first, past)
+        tokens, labels = (wide(part, f"documents[{document}]") for part in self.source.read(document, first, past))
         if len(tokens) != past - first or len(labels) != past - first:
             raise ValueError(
                 f"documents: {past - first} tokens of document {document} are at {first} to {past}, by its length {end}; "
