@@ -3,12 +3,14 @@
     runs/text/checkpoints/
         step-00000100/   model.safetensors      parameters by name, whole (no trace of ranks or shards)
                          optimizer.safetensors  "parameter name/exp_avg", ...
-                         state.json             step, data position, configs, RNG states, scalars, checksums
+                         state.json             step, data position, configs, RNG states, scalars
+                         SHA256SUMS             of these three, as `sha256sum --check` reads them
         step-00000200/
         .writing-00000300/                      an interrupted write: never read, removed by the next one
 
-A folder is written aside, flushed to disk, then renamed: under its final name it is complete. Nothing is pickled, so
-a checkpoint from a stranger can do no more harm than wrong numbers.
+A folder is written aside, flushed to disk, then renamed: under its final name it is complete. What is read is compared with
+its checksums on every rank; if one rank finds damage, all go back to the checkpoint before. Nothing is pickled, so a
+checkpoint from a stranger can do no more harm than wrong numbers.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,66 +36,131 @@ from engines import Engine
 from ranks import Ranks
 from run_options import UsageError
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = re.compile(r"step-(\d{8})")
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+SUMS = "SHA256SUMS"
 
 
-def save(folder: Path, engine: Engine, state: Mapping[str, Any], ranks: Ranks, keep: int) -> None:
-    """Write ``folder/step-N`` (N is ``state["step"]``) and remove all but the ``keep`` newest.
+class DamagedError(UsageError):
+    """A checkpoint is not what was written; the message says in which way."""
 
-    Every rank must call it: whole tensors are gathered, one at a time, where an engine has spread them. Rank 0 alone writes.
-    Names in the files are those of the bare model, whatever is wrapped around it.
+
+def save(folder: Path, engine: Engine, state: Mapping[str, Any], ranks: Ranks, keep: int) -> str | None:
+    """Write ``folder/step-N`` (N is ``state["step"]``), then remove all older ones but the ``keep - 1`` newest.
+
+    Every rank must call it: whole tensors are gathered, one at a time, where an engine has spread them; rank 0 alone writes,
+    and the others wait for what becomes of it. Returns None, or on every rank why it could not be written: then the
+    earlier checkpoints are as they were. Names in the files are those of the bare model, whatever is wrapped around it.
     """
     tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     for kind, values in (("model", engine.parameters()), ("optimizer", engine.moments())):
         for name, value in values:
             if ranks.first:
                 tensors[kind][name] = value.to("cpu", copy=True).contiguous()
-    if ranks.first:
-        _write(folder, tensors, {**state, "optimizer_groups": engine.groups(), "random": _random_states()})
-        steps = _steps(folder)
-        for step in steps[: max(0, len(steps) - keep)]:
-            shutil.rmtree(folder / _name(step))
+    groups = engine.groups()
+
+    def write() -> str | None:
+        step = int(state["step"])
+        try:
+            _write(folder, step, tensors, {**state, "optimizer_groups": groups, "random": _random_states()})
+            older = [other for other in steps(folder) if other < step]
+            for other in older[keep - 1 :]:
+                shutil.rmtree(folder / _name(other))
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder / _aside(step), ignore_errors=True)  # what it takes is needed elsewhere
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    failure: str | None = ranks.once("checkpoint", write)
+    return failure
 
 
-def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".writing-*"):
+    for stale in (*folder.glob(".writing-*"), *folder.glob(".replaced-*")):
         shutil.rmtree(stale)
-    step = int(state["step"])
-    aside, final = folder / f".writing-{step:08d}", folder / _name(step)
+    aside, final = folder / _aside(step), folder / _name(step)
     aside.mkdir()
-    checksums = {}
     for name, content in tensors.items():
-        file = aside / f"{name}.safetensors"
-        save_file(content, file)
-        checksums[file.name] = _sha256(file)
-    text = json.dumps({"format": FORMAT, **state, "sha256": checksums}, indent=1)
-    (aside / "state.json").write_text(text + "\n")
+        save_file(content, aside / f"{name}.safetensors")
+    (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
+    (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in FILES))
     for path in (*aside.iterdir(), aside):
         _flush(path)
     if final.exists():  # the same step of the same run, reached a second time after a resume
-        shutil.rmtree(final)
+        final.rename(folder / f".replaced-{step:08d}")
     aside.rename(final)
     _flush(folder)
+    shutil.rmtree(folder / f".replaced-{step:08d}", ignore_errors=True)
 
 
-def latest(folder: Path) -> Path:
-    """The newest complete checkpoint in a folder."""
-    steps = _steps(folder)
-    if not steps:
-        raise UsageError(f"--resume: there is no checkpoint in {str(folder)!r}; start without --resume")
-    return folder / _name(steps[-1])
+def steps(folder: Path) -> list[int]:
+    """The steps of which there is a complete checkpoint in a folder, damaged or not; the newest first."""
+    found = [FOLDER.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def newest_good(folder: Path, candidates: Sequence[int], ranks: Ranks) -> tuple[Path, dict[str, Any]]:
+    """The first of these steps whose checkpoint every rank can read undamaged, and its state.
+
+    Rank 0 says of each other one why not (a collective: every rank must call it, with the same candidates). Raises
+    ``UsageError`` on every rank, with each reason, if there is no good one.
+    """
+    refused = []
+    for step in candidates:
+        path = folder / _name(step)
+        state, damage = None, ""
+        try:
+            state = read_state(path)
+        except DamagedError as error:
+            damage = str(error)
+        damages = [
+            f"{text} (rank {rank}, {host})"
+            for rank, (text, host) in enumerate(ranks.collect("checkpoint", [damage, socket.gethostname()]))
+            if text
+        ]
+        if not damages and state is not None:
+            return path, state
+        more = f" and {len(damages) - 1} more rank(s)" if len(damages) > 1 else ""
+        refused.append(f"{path.name}: {damages[0]}{more}")
+        ranks.say(f"checkpoint refused: {path}: {damages[0]}{more}; the one before it is tried")
+    raise UsageError(f"--resume: no checkpoint in {str(folder)!r} is undamaged: {'; '.join(refused)}")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON half, after checking that the files are those that were written."""
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    if state.get("format") != FORMAT:
-        raise UsageError(f"--resume: {checkpoint} has format {state.get('format')}; this program reads {FORMAT}")
-    for name, digest in state["sha256"].items():
-        if not (checkpoint / name).is_file() or _sha256(checkpoint / name) != digest:
-            raise UsageError(f"--resume: {checkpoint / name} is damaged; remove {checkpoint} to use the one before it")
+    """The JSON half, after checking that all files are those that were written; raises ``DamagedError``."""
+    try:
+        sums = (checkpoint / SUMS).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{SUMS} cannot be read ({error})") from None
+    lines = [line.split("  ") for line in sums.splitlines()]
+    if sorted(line[-1] for line in lines) != list(FILES) or not all(len(line) == 2 for line in lines):
+        raise DamagedError(f"{SUMS} does not list {', '.join(FILES)}")
+    for digest, name in lines:
+        try:
+            found = _sha256(checkpoint / name)
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read ({error})") from None
+        if found != digest:
+            size = (checkpoint / name).stat().st_size
+            raise DamagedError(f"{name} is damaged: its {size:,} bytes have another SHA-256 than was written")
+    return _parse(checkpoint)
+
+
+def _parse(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+    except ValueError as error:
+        raise DamagedError(f"state.json is not JSON ({error})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise DamagedError(f"state.json has format {found}; this program reads {FORMAT}")
+    missing = {"step", "optimizer_groups", "random"} - state.keys()
+    if missing:
+        raise DamagedError(f"state.json has no {', '.join(sorted(missing))}")
+    if checkpoint.name != _name(state["step"]):
+        raise DamagedError(f"state.json is of step {state['step']}: the folder has been renamed")
     return state
 
 
@@ -110,20 +179,18 @@ def refuse_mismatch(state: Mapping[str, Any], expected: Mapping[str, Mapping[str
         raise UsageError(f"--resume: the checkpoint is of another run ({'; '.join(differences)})")
 
 
-def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
-    """Fill a model and its optimizer from a checkpoint, restore the random states, return the JSON half.
+def load(checkpoint: Path, engine: Engine, state: Mapping[str, Any]) -> None:
+    """Fill a model and its optimizer from a checkpoint with this state, and restore the random states.
 
     Every rank reads the same files. Works on another number of ranks and under another engine than the writer's. The
     model must have the same parameters: call ``refuse_mismatch`` on the configs first for a sentence that helps.
     """
-    state = read_state(checkpoint)
     saved = load_file(checkpoint / "model.safetensors")
     names = {name for name, _ in engine.model.named_parameters()}
     if saved.keys() != names:
         raise UsageError(f"--resume: {checkpoint} has other parameters: {sorted(saved.keys() ^ names)}")
     engine.fill(saved, load_file(checkpoint / "optimizer.safetensors"), state["optimizer_groups"])
     _restore_random(state["random"])
-    return state
 
 
 def _random_states() -> dict[str, Any]:
@@ -157,13 +224,12 @@ def _unhex(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
-def _steps(folder: Path) -> list[int]:
-    found = [FOLDER.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for match in found if match)
-
-
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _aside(step: int) -> str:
+    return f".writing-{step:08d}"
 
 
 def _sha256(file: Path) -> str:

@@ -17,12 +17,14 @@ bare model has, and takes them: what one engine has written on four ranks, anoth
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 Groups = list[dict[str, Any]]
@@ -43,20 +45,32 @@ class Engine:
 
     def forward(self, **inputs: Any) -> Any:
         """The model's output for this rank's inputs; its loss averages over ranks to what is meant."""
-        low = self._autocast is not None
-        with torch.autocast(self._autocast or "cpu", torch.bfloat16) if low else contextlib.nullcontext():
-            return self.call(**inputs)
+        return self._compute(self.call, inputs)
+
+    def replay(self, **inputs: Any) -> Any:
+        """As ``forward``, for a backward in which no gradient is averaged or kept: ``nonfinite.locate``."""
+        call = self.call.module if isinstance(self.call, DistributedDataParallel) else self.call
+        return self._compute(call, inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Make the gradients of a step, averaged over ranks."""
         loss.backward()
 
     def step(self) -> float:
-        """Clip the gradients, take the optimizer's step, forget the gradients; returns their norm before clipping."""
+        """Clip the gradients, take the optimizer's step, forget the gradients; returns their norm before clipping.
+
+        Where the norm is not finite nothing changes, but that the gradients are forgotten.
+        """
         norm = _whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)).item()
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _compute(self, call: nn.Module, inputs: dict[str, Any]) -> Any:
+        low = self._autocast is not None
+        with torch.autocast(self._autocast or "cpu", torch.bfloat16) if low else contextlib.nullcontext():
+            return call(**inputs)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter whole, one after the other (a collective: every rank must take all of them)."""

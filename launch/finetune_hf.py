@@ -54,12 +54,13 @@ CONTEXTS = {"full": None, "keep": keep_attention, "keep-cpu": keep_attention_on_
 def main(options: FinetuneOptions) -> int:
     """One run from start to end; its last lines are the validation loss, the curve's file and the exactness.
 
-    Returns the exit status: 0, or 1 if the run was to be checked and is not exact.
+    Returns the exit status: 0; 1 if the run was to be checked and is not exact, or its last checkpoint could not be written;
+    75 if it was told to stop, and can go on.
     """
     config = _config(options)
     texts, reader = read_texts(options.text), read_as(options.model, config.get_text_config().vocab_size)
     options.check_against(fit(options.data, options.context))
-    ranks = start(options.data, options.context, options.device)
+    ranks = start(options.data, options.context, options.device, options.timeout)
     lesson = PackedText(texts, reader, options, ranks)
     verdict = "exactness: not checked (--check does)"
     if options.check:
@@ -76,10 +77,11 @@ def main(options: FinetuneOptions) -> int:
     )
     ranks.say(_describe(wrapped.module, options, ranks))
     run = Run(options, lesson, wrapped, ranks, _identity(config), {})
-    run.train()
+    status = run.train()
+    if status:
+        return status
     _save(options, config, run.engine, reader, ranks)
-    run.close(f"{config.model_type}: {options.seq_length} tokens over {ranks.context} ranks", verdict)
-    return 0
+    return run.close(f"{config.model_type}: {options.seq_length} tokens over {ranks.context} ranks", verdict)
 
 
 def _config(options: FinetuneOptions) -> Any:
@@ -160,8 +162,12 @@ def _identity(config: Any) -> Mapping[str, Any]:
 def _save(options: FinetuneOptions, config: Any, engine: Engine, reader: Reader, ranks: Ranks) -> None:
     """Write the model to ``model`` in the folder of the run, as ``from_pretrained`` reads it (every rank must call it)."""
     state = {name: value.to("cpu", copy=True) for name, value in engine.parameters() if ranks.first}
-    if not ranks.first:
-        return
+    ranks.once("the model", lambda: _write(options, config, engine, state, reader, ranks))
+
+
+def _write(
+    options: FinetuneOptions, config: Any, engine: Engine, state: dict[str, Any], reader: Reader, ranks: Ranks
+) -> None:
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)  # Transformers may import DeepSpeed, which looks for one
     from transformers import AutoModelForCausalLM
 

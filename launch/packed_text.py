@@ -12,13 +12,13 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 
 import ringflash as rf
 from corpus import Texts
@@ -28,6 +28,7 @@ from ringflash.data import PackedLoader, Tokens
 from run_options import UsageError
 
 BYTES = 256  # a vocabulary
+SECONDS = 10.0  # between two lines about tokens that are being made
 TOKENIZERS = ("*token*", "vocab*", "*.model", "tekken.json")  # names of files, of which a tokenizer has one at least
 
 
@@ -162,21 +163,40 @@ class PackedText:
 
 
 def _store(texts: Sequence[bytes], reader: Reader, root: Path, ranks: Ranks) -> Stored:
-    """Write the tokens of these documents under ``root``, unless they are there (every rank must call it)."""
+    """Write the tokens of these documents under ``root``, unless they are there (every rank must call it).
+
+    Rank 0 writes, however long that takes, and says how far it is; the others wait outside of any collective.
+    """
     key = hashlib.sha256(reader.digest.encode())
     for text in texts:
         key.update(hashlib.sha256(text).digest())
     folder = root / key.hexdigest()[:16]
-    if ranks.first and not folder.exists():
-        documents = [reader.tokens(text) for text in texts]
-        aside = folder.with_name(f".writing-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        np.save(aside / "tokens.npy", np.concatenate(documents))
-        np.save(aside / "offsets.npy", np.cumsum([0, *map(len, documents)]))
-        aside.rename(folder)
-    dist.barrier(group=ranks.everyone.get_group())
-    offsets = np.load(folder / "offsets.npy")
+    ranks.once("tokens", lambda: _tokenize(texts, reader, folder, ranks))
+    try:
+        offsets = np.load(folder / "offsets.npy")
+        tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    except FileNotFoundError:
+        raise UsageError(
+            f"--out: rank 0 has written {str(folder)!r}, and rank {ranks.rank} cannot see it; a file system that all nodes see "
+            "is needed"
+        ) from None
     if np.diff(offsets).max() < 2:
         raise UsageError("--text: no document has two tokens, one to read and one to predict")
-    return Stored(np.load(folder / "tokens.npy", mmap_mode="r"), offsets, key.hexdigest())
+    return Stored(tokens, offsets, key.hexdigest())
+
+
+def _tokenize(texts: Sequence[bytes], reader: Reader, folder: Path, ranks: Ranks) -> None:
+    if folder.exists():
+        return
+    documents, said = [], time.monotonic()
+    for text in texts:
+        documents.append(reader.tokens(text))
+        if time.monotonic() - said > SECONDS:
+            ranks.say(f"tokens: {len(documents):,} of {len(texts):,} documents")
+            said = time.monotonic()
+    aside = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    np.save(aside / "tokens.npy", np.concatenate(documents))
+    np.save(aside / "offsets.npy", np.cumsum([0, *map(len, documents)]))
+    aside.rename(folder)

@@ -10,7 +10,9 @@ Only rank 0 makes a ``Progress``: nothing here communicates.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,17 +47,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 class Progress:
     """Write the records of a run and show them as they come.
 
-    ``first_step`` is the number of steps already done: records of later steps, left by a run that was killed after
-    its last checkpoint, are dropped from the files, so that no step is in them twice.
+    ``first_step`` is the number of steps already done, ``batches`` that of batches, if some were left out: later records,
+    left by a run that was killed after its last checkpoint, are dropped from the files, so that no step is in them twice.
     """
 
-    def __init__(self, folder: Path, first_step: int, steps: int, log_every: int, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, first_step: int, steps: int, log_every: int, tensorboard: bool, batches: int | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_metrics(folder) if record["step"] <= first_step]
-        self._jsonl = (folder / "metrics.jsonl").open("w")
-        self._csv_file = (folder / "metrics.csv").open("w", newline="")
-        self._csv = csv.DictWriter(self._csv_file, COLUMNS)
-        self._csv.writeheader()
+        done = first_step if batches is None else batches
+        kept = [r for r in read_metrics(folder) if (r["batch"] <= done if "batch" in r else r["step"] <= first_step)]
+        self._jsonl = _Lines(folder / "metrics.jsonl")
+        self._csv = _Lines(folder / "metrics.csv")
+        self._csv.add(_csv_line(dict(zip(COLUMNS, COLUMNS, strict=True))))
         self._board = _tensorboard(folder) if tensorboard else None
         self._steps, self._log_every = steps, log_every
         self._speeds: list[float] = []
@@ -75,6 +79,10 @@ class Progress:
             self._speeds.clear()
             print(f"step {record['step']:>5}/{self._steps}  {_figures(record, speed)}", flush=True)
 
+    def skipped(self, record: Record) -> None:
+        """A batch was left out: its loss or gradient was not finite (as text in the files, for JSON has no such numbers)."""
+        self._store({k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
+
     def validated(self, record: Record) -> None:
         """The model was measured on validation samples."""
         self._store(record)
@@ -87,24 +95,61 @@ class Progress:
         else:
             self._bar.write(text)
 
-    def close(self) -> None:
-        """Flush and close everything."""
+    def close(self) -> bool:
+        """Close everything; returns False if records could not be written."""
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
             self._board.close()
-        self._jsonl.close()
-        self._csv_file.close()
+        return all([self._jsonl.close(), self._csv.close()])
 
     def _store(self, record: Record) -> None:
-        self._jsonl.write(json.dumps(record) + "\n")
-        self._jsonl.flush()
-        self._csv.writerow(dict(record))
-        self._csv_file.flush()
+        self._jsonl.add(json.dumps(record) + "\n")
+        self._csv.add(_csv_line(record))
         if self._board is not None:
             for name, value in record.items():
-                if name not in ("step", "split"):
+                if name not in ("step", "split") and not isinstance(value, str):
                     self._board.add_scalar(f"{record['split']}/{name}", value, record["step"])
+
+
+class _Lines:
+    """A file of lines, each whole. What a full disk does not take is kept, said once, and tried again with the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting, self._length = path, "", 0
+        self._file = path.open("wb", buffering=0)
+
+    def add(self, line: str) -> None:
+        """Write a line, and those that wait before it."""
+        said, self._waiting = bool(self._waiting), self._waiting + line
+        content = self._waiting.encode()
+        try:
+            self._file.seek(self._length)
+            written = self._file.write(content)
+            if written < len(content):
+                self._file.write(content[written:])  # raises what is wrong
+        except OSError as error:
+            if not said:
+                print(f"WARNING: {self._path} cannot be written ({error}): its lines wait", file=sys.stderr, flush=True)
+            return
+        self._waiting, self._length = "", self._length + len(content)
+
+    def close(self) -> bool:
+        """Try again what waits; returns False, and says so, if it is lost."""
+        if self._waiting:
+            self.add("")
+        self._file.truncate(self._length)  # of half a line
+        self._file.close()
+        if self._waiting:
+            lost = self._waiting.count("\n")
+            print(f"WARNING: {self._path}: its last {lost} line(s) could not be written", file=sys.stderr, flush=True)
+        return not self._waiting
+
+
+def _csv_line(record: Record) -> str:
+    line = io.StringIO(newline="")
+    csv.DictWriter(line, COLUMNS).writerow({name: value for name, value in record.items() if name in COLUMNS})
+    return line.getvalue()
 
 
 def describe(record: Record) -> str:

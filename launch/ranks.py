@@ -15,16 +15,27 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from corpus import share
+from meeting import meet
+from notices import PATIENCE, Notices
 from run_options import UsageError
+
+# PyTorch's flight recorder: what each rank was waiting for when a hang has timed out (docs/cluster.md has the reasons).
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "20000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_FR_DUMP_TEMP_FILE": "runs/hangs/rank_",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Ranks:
     rank: int
     grid: DeviceMesh
     everyone: DeviceMesh
+    notices: Notices
 
     @property
     def size(self) -> int:
@@ -61,9 +73,28 @@ class Ranks:
         if self.first:
             print(text, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Print a line to stderr, once for every machine."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
     def rows(self, first_sample: int, batch: int) -> range:
         """The sample numbers that this rank reads of the ``batch`` samples from ``first_sample`` on."""
         return share(first_sample, batch, self.grid["data"].get_local_rank(), self.data)
+
+    def once(self, what: str, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns on rank 0, however long it takes: see ``notices.Notices.once``."""
+        return self.notices.once(what, work)
+
+    def collect(self, what: str, mine: Any) -> list[Any]:
+        """Every rank's plain value, by rank: see ``notices.Notices.collect``."""
+        return self.notices.collect(what, mine)
+
+    def agree(self, *values: int) -> list[int]:
+        """The largest of the ranks' values in each place: one small message (a collective: every rank must call it)."""
+        tensor = torch.tensor(values, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.everyone.get_group())
+        return [int(value) for value in tensor.tolist()]
 
     def largest(self, value: float) -> float:
         """The largest of the ranks' values, NaN if one is (a collective: every rank must call it)."""
@@ -95,24 +126,43 @@ def fit(data: int, context: int | None) -> int:
     return context
 
 
-def start(data: int, context: int | None, device: str) -> Ranks:
+def start(data: int, context: int | None, device: str, timeout: float | None = None) -> Ranks:
     """Join the other processes of the launcher, in a grid of ``data`` times ``fit(data, context)`` ranks.
 
     Everything that can be wrong is checked before the first message, on values that all ranks share, so that no rank
-    waits for one that has already given up.
+    waits for one that has already given up. ``timeout`` is how many seconds a rank waits for another in a collective; None
+    is PyTorch's default.
     """
     context = fit(data, context)
     world = data * context
     place = _device(device)
     backend, device_id = ("nccl", place) if place.type == "cuda" else ("gloo", None)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device_id)
-    else:
-        alone = dist.HashStore()
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=device_id)
+    if place.type == "cuda":
+        _record_flights()
+    patience = None if timeout is None else timedelta(seconds=timeout)
+    store, rank = meet()
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("groups", store),
+        rank=rank,
+        world_size=world,
+        timeout=patience,
+        device_id=device_id,
+    )
     grid = init_device_mesh(place.type, (data, context), mesh_dim_names=("data", "context"))
     everyone = init_device_mesh(place.type, (world,), mesh_dim_names=("everyone",))
-    return Ranks(place, dist.get_rank(), grid, everyone)
+    if patience is not None:  # groups do not inherit it
+        for group in (*grid.get_all_groups(), everyone.get_group()):
+            dist.distributed_c10d._set_pg_timeout(patience, group)
+    notices = Notices(dist.PrefixStore("notices", store), rank, world, timeout or PATIENCE)
+    return Ranks(place, rank, grid, everyone, notices)
+
+
+def _record_flights() -> None:
+    """Have every rank write what it waited for if a collective times out, unless the environment has it otherwise."""
+    for name, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
+    Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"]).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _device(name: str) -> torch.device:
@@ -133,11 +183,12 @@ def _device(name: str) -> torch.device:
 def finish(status: int = 0) -> NoReturn:
     """End the process at once, with this exit status.
 
-    After success the group is left in good order first. Then the interpreter's own shutdown is skipped: while it drops
+    After success, and when all ranks were told to stop, the group is left in good order first: rank 0 may hold the store that
+    the others read. Then the interpreter's own shutdown is skipped: while it drops
     the last gloo objects, about one loaded run in ten dies of "terminate called without an active exception", all work
     done.
     """
-    if status == 0:
+    if status in (0, os.EX_TEMPFAIL):
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()

@@ -25,6 +25,10 @@ class UsageError(ValueError):
     """Something was asked for that cannot be done; the message is one sentence for the person who asked."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, by no fault of who asked for it; the message says why and what to do."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """How a sample is spread over the ranks that share it: arguments of ``rf.Sharding``."""
@@ -61,7 +65,10 @@ class RunOptions:
     heads_degree: int
     device: str
     out: Path
-    resume: bool
+    resume: str
+    on_nonfinite: str
+    on_save_error: str
+    timeout: float | None
     save_every: int
     keep: int
     check: bool
@@ -83,7 +90,7 @@ class RunOptions:
             need("deepspeed", "deepspeed", "--engine deepspeed")
         if self.tensorboard:
             need("tensorboard", "tensorboard", "--tensorboard")
-        if not self.resume:
+        if self.resume == "never":
             self.check_profile(0)
 
     def _refuse_numbers(self) -> None:
@@ -97,6 +104,8 @@ class RunOptions:
                 raise UsageError(f"{option(name)} is {getattr(self, name)}; it must not be negative")
         if self.stop_at is not None:
             at_least("stop_at", self.stop_at, 0)
+        if self.timeout is not None:
+            at_least("timeout", self.timeout, 1)
         if not self.clip > 0:
             raise UsageError(f"--clip is {self.clip}; it must be positive (inf clips nothing)")
 
@@ -252,6 +261,10 @@ def add_ranks(group: argparse._ArgumentGroup, layout_note: str = "") -> None:
         help="neighbouring ranks that share a shard and swap heads for positions (Ulysses); default: 1",
     )  # fmt: skip
     group.add_argument(
+        "--timeout", type=float, metavar="SECONDS",
+        help="a rank that waits so long for another gives up (default: PyTorch's, 600 on GPUs and 1800 on CPUs)",
+    )  # fmt: skip
+    group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
 
@@ -262,9 +275,23 @@ def add_run(group: argparse._ArgumentGroup, folder: str, validation: str) -> Non
         "--check", action="store_true", help="first prove that loss and raw gradients equal one process's"
     )
     group.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the run (default: {folder})")
-    group.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --out")
+    group.add_argument(
+        "--resume", nargs="?", choices=("auto", "required"), const="required", default="never", metavar="auto",
+        help="go on from the newest undamaged checkpoint in --out; with auto begin anew if there is none "
+        "(a process that its launcher has restarted does so without being asked)",
+    )  # fmt: skip
     group.add_argument("--save-every", type=int, default=100, metavar="N", help="steps; 0: at the end; default: 100")
     group.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints to keep; default: 2")
+    group.add_argument(
+        "--on-save-error", choices=("continue", "stop"), default="continue",
+        help="if a checkpoint cannot be written: train on and try again at the next one, or stop (default: continue; either "
+        "way the exit status is not 0 if the last one is missing)",
+    )  # fmt: skip
+    group.add_argument(
+        "--on-nonfinite", choices=("stop", "skip"), default="stop",
+        help="if a loss or gradient is NaN or infinite: stop, or leave that batch out, up to 5 in a row; either way say on "
+        "which rank and in which module it began (default: stop)",
+    )  # fmt: skip
     group.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between lines; default: 10")
     group.add_argument("--validate-every", type=int, metavar="N", help="steps (default: a tenth of --steps)")
     group.add_argument(

@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 4 launch/train.py --batch 2 --data 2 --engine fsdp  2 x 2 ranks, weights sharded
     torchrun --nproc-per-node 2 launch/train.py --engine deepspeed --zero-stage 3 the same by DeepSpeed
     torchrun --nproc-per-node 2 launch/train.py --profile                         what every rank did in steps 3 to 5
+    torchrun --max-restarts 3 --nproc-per-node 2 launch/train.py --save-every 50  goes on by itself if a process dies
     accelerate launch --multi_gpu --num_processes 2 launch/train.py               another launcher
     python launch/train.py                                                        one process, no launcher
 
@@ -36,11 +37,12 @@ Task = TextTask | PasskeyTask
 def main(options: Options) -> int:
     """One run from start to end; its last lines are the validation loss, the curve's file and the exactness.
 
-    Returns the exit status: 0, or 1 if the run was to be checked and is not exact.
+    Returns the exit status: 0; 1 if the run was to be checked and is not exact, or its last checkpoint could not be written;
+    75 if it was told to stop, and can go on.
     """
     model_config, task = _model_config(options), _task(options)
     options.check_against(fit(options.data, options.context))
-    ranks = start(options.data, options.context, options.device)
+    ranks = start(options.data, options.context, options.device, options.timeout)
     verdict = "exactness: not checked (--check does)"
     if options.check:
         exact, verdict = prove(ranks, options)
@@ -48,10 +50,11 @@ def main(options: Options) -> int:
         if not exact:
             return 1
     run = _run(options, model_config, task, ranks)
-    run.train()
+    status = run.train()
+    if status:
+        return status
     title = f"{task.name}: {options.seq_length} tokens over {ranks.context} ranks, {options.attention} attention"
-    run.close(title, verdict)
-    return 0
+    return run.close(title, verdict)
 
 
 def _run(options: Options, model_config: ModelConfig, task: Task, ranks: Ranks) -> Run:

@@ -65,6 +65,13 @@ class Zero(Engine):
             )
         super().__init__(wrapped.module, made, self._engine, clip)
         self._tools, self._stage, self._ranks = deepspeed, stage, ranks
+        self._wrapped, self._low = wrapped, ranks.device.type if autocast else None
+
+    def replay(self, **inputs: Any) -> Any:
+        """As ``forward``, without DeepSpeed's engine: it would take what follows for the backward of a step."""
+        low = self._low is not None
+        with torch.autocast(self._low or "cpu", torch.bfloat16) if low else contextlib.nullcontext():
+            return self._wrapped(**inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Make the gradients of a step, averaged over ranks."""

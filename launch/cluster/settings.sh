@@ -15,6 +15,9 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$PWD/runs/hangs/rank_}"
 mkdir -p "$(dirname "$TORCH_FR_DUMP_TEMP_FILE")"
 
+# Told to end, torchrun tells its processes, and kills them after so many seconds (30 by default): a step and a checkpoint must fit.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
+
 # Packed documents make buffers of other sizes in every batch; growing segments are not left behind as gaps.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attempts
 import finetune_options
 import options
 
@@ -156,24 +157,39 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 def test_there_is_a_process_for_each_gpu_that_torch_sees(tmp_path: Path) -> None:
     """Other programs also count GPUs that CUDA_VISIBLE_DEVICES hides. Words with blanks stay what they are."""
     out = run("torchrun.sh", "my script.py", "--out", "a b", environment=launcher(tmp_path))
-    assert out.endswith("[--standalone][--nproc-per-node][4][my script.py][--out][a b]")
+    assert out.endswith("[--standalone][--nproc-per-node][4][--max-restarts][0][my script.py][--out][a b]")
 
 
 @pytest.mark.parametrize("out", [("--out", "{}"), ("--out={}",)])
-@pytest.mark.parametrize(
-    ("restarts", "folder", "resumes"),
-    [("0", "step-00000001", False), ("1", "step-00000001", True), ("1", ".writing-00000001", False)],
-)
-def test_a_requeued_job_goes_on_if_there_is_a_checkpoint(
-    tmp_path: Path, out: tuple[str, ...], restarts: str, folder: str, resumes: bool
-) -> None:
-    """A run that began anew, or that refuses to go on from a checkpoint half written, is a night lost."""
-    (tmp_path / "my run" / "checkpoints" / folder).mkdir(parents=True)
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_a_requeued_job_goes_on_if_there_is_a_checkpoint(tmp_path: Path, out: tuple[str, ...], restarts: str) -> None:
+    """Which the run itself finds out, on all ranks alike; a run that began anew would be a night lost."""
     environment = slurm(tmp_path) | launcher(tmp_path) | {"SLURM_RESTART_COUNT": restarts}
     words = [word.format(tmp_path / "my run") for word in out]
     found = run("slurm.sbatch", "train.py", *words, environment=environment)
-    given = "".join(f"[{word}]" for word in ("train.py", *words, *(["--resume"] if resumes else [])))
+    again = ["--resume", "auto"] if restarts == "1" else []
+    given = "".join(f"[{word}]" for word in ("train.py", *words, *again))
     assert found.count(f"{given}[-m]") + found.endswith(given) == 2, found
+
+
+@pytest.mark.parametrize("state", ["interrupted", "running", "ended"])
+def test_a_job_that_was_told_to_stop_goes_back_into_the_queue(tmp_path: Path, state: str) -> None:
+    """Only that, or a run that fails would come back for ever; the status of the launcher is kept."""
+    environment = slurm(tmp_path) | launcher(tmp_path)
+    attempts.write(tmp_path / "run", state)
+    program(tmp_path / "bin" / "scontrol", f'echo "$@" >> {tmp_path / "asked"}; echo localhost')
+    program(Path(environment["PYTHON"]), "exit 1")
+    run("slurm.sbatch", "train.py", "--out", tmp_path / "run", environment=environment, status=1)
+    asked = (tmp_path / "asked").read_text()
+    assert (f"requeue {environment['SLURM_JOB_ID']}" in asked) == (state == "interrupted")
+
+
+def test_the_signal_before_the_end_does_not_end_the_launcher(tmp_path: Path) -> None:
+    """Slurm sends it to all processes of a job's step, and torchrun would die of it and leave the others alone."""
+    environment = slurm(tmp_path) | launcher(tmp_path)
+    program(Path(environment["PYTHON"]), 'if [[ $1 == -c ]]; then echo 1; else kill -USR1 $$; echo "alive"; fi')
+    assert "alive" in run("slurm.sbatch", "train.py", "--out", tmp_path / "run", environment=environment)
+    assert "alive" in run("torchrun.sh", "train.py", environment=environment)
 
 
 @pytest.mark.slow
