@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+MARK = "RINGFLASH_TEST_MARK"  # in the environment of all processes that a test starts, however deep
 
 
 def torchrun(ranks: int, *command: object, seconds: float = 120, status: int = 0) -> str:
@@ -22,9 +25,10 @@ def torchrun(ranks: int, *command: object, seconds: float = 120, status: int = 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     arguments = [sys.executable, *launcher, *map(str, command)]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    mark = uuid.uuid4().hex
     process = subprocess.Popen(
         arguments,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -34,9 +38,26 @@ def torchrun(ranks: int, *command: object, seconds: float = 120, status: int = 0
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for number in {process.pid, *alive(mark)}:  # torchrun gives its workers sessions of their own
+            os.kill(number, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"{arguments} did not end within {seconds} s; it printed:\n{output[-4000:]}")
     if process.returncode != status:
         pytest.fail(f"{arguments} ended with status {process.returncode}, not {status}; it printed:\n{output[-4000:]}")
     return output
+
+
+def alive(mark: str) -> list[int]:
+    """The processes that were started with this mark in their environment; those that are about to end have two seconds."""
+    for _ in range(20):
+        found = []
+        for file in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if f"{MARK}={mark}".encode() in file.read_bytes().split(b"\0"):
+                    found.append(int(file.parent.name))
+            except OSError:
+                continue
+        if not found:
+            break
+        time.sleep(0.1)
+    return found

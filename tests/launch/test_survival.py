@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from processes import MARK, ROOT, alive
 
 Curve = Callable[[Path], dict[str, list[float]]]
 FAULTY = ROOT / "tests" / "launch" / "programs" / "faulty.py"
@@ -34,7 +34,7 @@ def launch(
     paths = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]))
     process = subprocess.Popen(
         [sys.executable, *map(str, launcher), *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "MARK": mark},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, MARK: mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -51,28 +51,12 @@ def launch(
             process.send_signal(tell)
         said += process.communicate(timeout=SECONDS)[0]
     finally:
-        left = _alive(mark)
+        left = alive(mark)
         for number in left:
             os.kill(number, signal.SIGKILL)
     assert status is None or process.returncode == status, said[-6000:]
     assert not left, f"{len(left)} process(es) left; {said[-6000:]}"
     return said
-
-
-def _alive(mark: str) -> list[int]:
-    """The processes that were started with this mark in their environment; those that are about to end have two seconds."""
-    for _ in range(20):
-        found = []
-        for file in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if f"MARK={mark}".encode() in file.read_bytes().split(b"\0"):
-                    found.append(int(file.parent.name))
-            except OSError:
-                continue
-        if not found:
-            break
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture
