@@ -32,12 +32,13 @@ CUDA    := $(PIP) install -qq -c constraints.txt torch
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow lint clean
+.PHONY: help install train test test-slow soak lint clean
 
 help:
 	@echo "make train       train on $(PROCESSES) processes (PROCESSES=, ARGS=)"
 	@echo "make test        run the test suite (ARGS= goes to pytest)"
-	@echo "make test-slow   run the slow tests"
+	@echo "make test-slow   run the slow tests: faults, planted bugs, long runs"
+	@echo "make soak        fuzz and soak for MINUTES=$(MINUTES) each"
 	@echo "make lint        ruff and mypy"
 	@echo "make install     only make $(VENV) (LOCKED=1: torch by its hash, too)"
 	@echo "make clean       remove caches and build products; keeps $(VENV) and runs/"
@@ -75,6 +76,13 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+# Random programs of public calls, and then thousands of steps that must leave nothing behind: MINUTES each, by hand.
+MINUTES ?= 30
+soak: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m soak.fuzz --doors
+	PYTHONPATH=tests $(BIN)/python -m soak.fuzz --minutes $(MINUTES)
+	PYTHONPATH=tests $(BIN)/python -m soak.soak --minutes $(MINUTES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ everybody.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
 from collections import deque
@@ -28,7 +29,7 @@ from typing import Any
 
 from ringflash.board import Board
 from ringflash.check import Check
-from ringflash.errors import DisagreementError, NonFiniteError, PeerError, RingflashError
+from ringflash.errors import DisagreementError, IntegrityError, NonFiniteError, PeerError, RingflashError
 from ringflash.groups import Grid, Group, address, boards, connect_all
 from ringflash.guard import Guard, Unread
 from ringflash.terms import HIDDEN, Terms
@@ -37,6 +38,9 @@ _MOST = 1024  # calls and shardings that are remembered
 _KINDS = 64  # different texts that a verdict tells apart
 _SOON = 1.0  # seconds after which a rank that waits says so
 _GRACE = 1.0  # seconds that a verdict may take longer than the notes
+
+
+_GARBLED = "garbled"  # in place of texts: what is wrong with a note
 
 
 Survey = dict[str, list[int]]
@@ -95,12 +99,17 @@ class Accord:
     def guard(self, check: Check, number: int, name: str, digest: int) -> Guard:
         """What accompanies the messages of a call. Where it labels none it only knows what the call is, and serves again."""
         if check.labels:
-            return Guard(check, number, name, digest, self.rank, self.ranks, self.unread)
+            return Guard(check, number, name, digest, self.rank, self.ranks, self.unread, self._report)
         guard = self._guards.get(name)
         if guard is None:
             guard = self._guards[name] = Guard(check, number, name, digest, self.rank, self.ranks)
         guard.call = number
         return guard
+
+    def _report(self, trouble: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            for board, _ in self._levels:
+                board.report(trouble)
 
     def _read(self) -> None:
         while self.unread and self.unread[0]():
@@ -116,12 +125,20 @@ class Accord:
                 known, absent = _survey(board, members, prefix, known, self._waits_for(mine))
             except RingflashError:
                 raise
+            except ValueError as error:
+                told = board.distress(f"could not read what others left to compare call {mine['call']}: {error}")
+                raise IntegrityError(f"{self._me}: call {mine['call']} is not made: {error}.{told}") from error
             except RuntimeError as error:
                 told = board.distress(f"could not compare call {mine['call']}: {error}")
                 raise PeerError(f"{self._me}: ranks could not compare call {mine['call']}: {error}.{told}") from error
             if absent:
                 raise self._left_alone(board, absent, mine)
         found = [(_texts(note), ranks) for note, ranks in known.items()]
+        odd = [f"{_ranks(ranks)} left {x[_GARBLED]}" for x, ranks in found if _GARBLED in x]
+        if odd:
+            raise IntegrityError(
+                f"{self._me}: call {mine['call']} is not made: {'; '.join(odd)}; who else writes to this store?"
+            )
         faults = [f"rank {rank}: {x['fault']}" for x, ranks in found for rank in sorted(ranks) if x.get("fault")]
         if faults:
             raise NonFiniteError(f"{self._me}: call {mine['call']} is not made. {'; '.join(faults[:8])}")
@@ -164,6 +181,15 @@ def accord_of(group: Group) -> Accord:
     return accords[inner]
 
 
+def tell(group: Group, error: Exception) -> None:
+    """Let the other ranks of a group know why this one does not come to the next call, if nothing told them yet."""
+    if isinstance(error, RingflashError) or isinstance(group, tuple):
+        return
+    with contextlib.suppress(RuntimeError):  # the store may be gone
+        for board, _ in boards(group):
+            board.report(f"{type(error).__name__}: {error}")
+
+
 _accords: weakref.WeakKeyDictionary[Any, dict[Any, Accord]] = weakref.WeakKeyDictionary()
 
 
@@ -179,8 +205,9 @@ def _survey(
     if board.rank == 0:
         absent = _await(board, keys, board.seconds, what)
         together: Survey = {}
-        for note in board.read([key for key in keys if key not in absent]):
-            for text, ranks in _survey_of(note).items():
+        came = [rank for rank, key in enumerate(keys) if key not in absent]
+        for rank, note in zip(came, board.read([keys[rank] for rank in came]), strict=True):
+            for text, ranks in _told_by(members[rank], note).items():
                 if text in together or len(together) < _KINDS:
                     together.setdefault(text, []).extend(ranks)
         missing = [rank for key, ranks in zip(keys, members, strict=True) if key in absent for rank in ranks]
@@ -192,8 +219,7 @@ def _survey(
         return known, [rank for key, ranks in zip(keys, members, strict=True) if key in absent for rank in ranks]
     (note,) = board.read([verdict])
     board.remove([keys[board.rank]])
-    judged = json.loads(note)
-    return _survey_of(json.dumps(judged["known"])), [int(rank) for rank in judged["absent"]]
+    return _judgement(note, max(map(max, members)) + 1)
 
 
 def _await(board: Board, keys: list[str], seconds: float, what: str) -> list[str]:
@@ -214,17 +240,51 @@ def _before(verdict: str) -> list[str]:
     return [f"{head}/{int(number) - 1}/{tail}"] if int(number) > 1 else []
 
 
-def _survey_of(note: str) -> Survey:
-    """A survey as another rank has written it; of anything else ``ValueError``."""
-    found = json.loads(note)
-    if not isinstance(found, dict) or not all(isinstance(ranks, list) for ranks in found.values()):
-        raise ValueError(f"a note that is no survey: {note[:80]!r}")
-    return {str(text): [int(rank) for rank in ranks] for text, ranks in found.items()}
+def _told_by(speaks_for: Sequence[int], note: str) -> Survey:
+    """What a rank has written about itself, or others that it speaks for; that it is garbled is told on, to all."""
+    try:
+        survey = _survey_of(_json(note), range(max(speaks_for) + 1))
+    except ValueError as error:
+        return {json.dumps({_GARBLED: str(error)}): list(speaks_for)}
+    return survey
 
 
-def _texts(note: str) -> dict[str, str]:
-    found = json.loads(note)
-    return {str(name): str(text) for name, text in found.items()}
+def _judgement(note: str, ranks: int) -> tuple[Survey, list[int]]:
+    """A verdict as rank 0 has written it; of anything else ``ValueError``."""
+    judged = _json(note)
+    if not isinstance(judged, dict) or judged.keys() != {"known", "absent"}:
+        raise ValueError(_no_survey(judged))
+    absent = _survey_of({"{}": judged["absent"]}, range(ranks))
+    return _survey_of(judged["known"], range(ranks)), absent["{}"]
+
+
+def _survey_of(found: object, ranks: range) -> Survey:
+    """A survey that came as JSON; of anything else ``ValueError``."""
+    if not isinstance(found, dict):
+        raise ValueError(_no_survey(found))
+    for text, who in found.items():
+        _texts(text)
+        if not isinstance(who, list) or not all(type(rank) is int and rank in ranks for rank in who):
+            raise ValueError(_no_survey(found))
+    return found
+
+
+def _texts(text: str) -> dict[str, str]:
+    found = _json(text)
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(_no_survey(found))
+    return found
+
+
+def _json(note: str) -> object:
+    try:
+        return json.loads(note)
+    except (ValueError, RecursionError):
+        raise ValueError(_no_survey(note)) from None
+
+
+def _no_survey(note: object) -> str:
+    return f"a note that is no survey, {ascii(note)[:80]}"
 
 
 def _differences(found: Sequence[tuple[Mapping[str, str], Sequence[int]]], nobody: str = "nobody") -> str:

@@ -13,13 +13,14 @@ Texts are JSON with capped sizes, never pickle: the store is open to the network
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 LONGEST = 1 << 20  # bytes of a note: 1,000 ranks that all differ
-_LINE = 1000  # characters of a line about a failure
+_LINE, _MOST = 1000, 32  # characters of a line about a failure, and lines of one rank
 _MOMENT = 1.5  # seconds that ranks give each other to say what happened to them
 _FAILURES, _WAITING = "ringflash/failures", "ringflash/waiting/{}"
 
@@ -56,6 +57,9 @@ class Board(Protocol):
     def waiting(self, what: str) -> None:
         """Say what this rank waits for, before it gives up; "" if it does no longer."""
 
+    def report(self, trouble: str) -> None:
+        """Tell the others why this rank stops, and do not wait for them."""
+
     def distress(self, trouble: str) -> str:
         """Tell the others why this rank stops; returns what they have told, in sentences to be put behind its own."""
 
@@ -69,6 +73,7 @@ class StoreBoard:
     ranks: int
     seconds: float
     name: Callable[[int], str] = "rank {}".format
+    _reported: int = 0
 
     def post(self, key: str, note: str) -> None:
         if len(note) > LONGEST:
@@ -106,23 +111,28 @@ class StoreBoard:
         else:
             self.remove([_WAITING.format(self.rank)])
 
+    def report(self, trouble: str) -> None:
+        if self._reported == _MOST:  # of somebody who goes on after every error
+            return
+        self._reported += 1
+        line = json.dumps({"rank": self.rank, "at": time.time(), "trouble": trouble[:_LINE]})
+        self.store.append(_FAILURES, line + "\n")  # type: ignore[attr-defined]  # torch's stubs leave it out
+
     def distress(self, trouble: str) -> str:
         try:
-            line = json.dumps({"rank": self.rank, "at": time.time(), "trouble": trouble[:_LINE]})
-            self.store.append(  # type: ignore[attr-defined]  # torch's stubs leave it out
-                _FAILURES, line + "\n"
-            )
+            self.report(trouble)
             began = time.monotonic()
             while len(lines := self._lines()) < self.ranks and time.monotonic() - began < _MOMENT:
                 time.sleep(0.05)
             silent = sorted(set(range(self.ranks)) - {x["rank"] for x in lines})
             waiting = {rank: key for rank in silent[:8] if self.store.check([key := _WAITING.format(rank)])}
             lines += [
-                {"rank": rank, "trouble": f"waits for {self.store.get(key)[:_LINE].decode(errors='replace')}"}
+                {"rank": rank, "trouble": f"waits for {printable(self.store.get(key).decode(errors='replace'))}"}
                 for rank, key in waiting.items()
             ]
         except (RuntimeError, ValueError) as error:  # the store died with the rank that held it
-            return f" (The other ranks could not be asked: {str(error).splitlines()[0]})"
+            why = str(error).partition("\n")[0]
+            return f" The store is gone, which rank 0 holds unless a launcher does, so nobody could be asked ({why})."
         told = [x for x in lines if x["rank"] != self.rank]
         silent = [rank for rank in silent if rank not in waiting]
         text = ""
@@ -140,16 +150,19 @@ class StoreBoard:
         for text in self.store.get(_FAILURES)[-LONGEST:].decode(errors="replace").splitlines():
             try:
                 line = json.loads(text)
-                line = {"rank": int(line["rank"]), "at": float(line["at"]), "trouble": str(line["trouble"])[:_LINE]}
-            except (ValueError, KeyError, TypeError):
+                line = {"rank": int(line["rank"]), "at": float(line["at"]), "trouble": printable(line["trouble"])}
+            except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+                continue
+            if line["rank"] not in range(self.ranks) or not math.isfinite(line["at"]):
                 continue
             newest.pop(line["rank"], None)
             newest[line["rank"]] = line
-        recent = max((x["at"] for x in newest.values()), default=0) - 2 * self.seconds - 10
-        return [x for x in newest.values() if x["at"] >= recent]
+        last = max((x["at"] for x in newest.values()), default=0)
+        return [{**x, "before": last - x["at"]} for x in newest.values() if x["at"] >= last - 2 * self.seconds - 10]
 
     def _spell(self, line: dict[str, Any]) -> str:
-        return f"{self.name(line['rank'])}: {line['trouble'].rstrip('.')}"
+        before = f", {line['before']:.0f} s before" if line.get("before", 0) >= 1 else ""
+        return f"{self.name(line['rank'])}{before}: {line['trouble'].rstrip('.')}"
 
     def _absent(self, keys: list[str]) -> list[str]:
         """Those of ``keys`` that are not there, by halves: a store says whether all of some are."""
@@ -159,3 +172,8 @@ class StoreBoard:
             return keys
         half = len(keys) // 2
         return self._absent(keys[:half]) + self._absent(keys[half:])
+
+
+def printable(text: object) -> str:
+    """What somebody has written, for a terminal: no codes that move its cursor, and not too long."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:_LINE])

@@ -55,7 +55,7 @@ def settle(check: str | None) -> Check:
     'always'
     """
     name = os.environ.get(VARIABLE, "first") if check is None else check
-    if name not in MODES:
+    if not isinstance(name, str) or name not in MODES:
         given = f"check is {check!r}" if check is not None else f"the environment variable {VARIABLE} is {name!r}"
         raise ValueError(f"Sharding: {given}; accepted are {', '.join(map(repr, MODES))}")
     return MODES[name]

@@ -7,6 +7,7 @@ group's own time-out, and it names the hop and the rank that did not come.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.board import StoreBoard
+from ringflash.board import StoreBoard, printable
 from ringflash.errors import PeerError, WireError
 from ringflash.watch import watch
 from ringflash.wire import Done, Message, Pending
@@ -42,7 +43,7 @@ class DistributedWire:
 
     def __init__(self, parent: dist.ProcessGroup) -> None:
         self.rank, self.ranks = dist.get_rank(parent), dist.get_world_size(parent)
-        self._parent = weakref.ref(parent)
+        self.parent = weakref.ref(parent)
         self._groups: list[dist.ProcessGroup] = []  # by channel
         self._warm: set[tuple[str, int]] = set()
         self._failure: str | None = None
@@ -55,11 +56,14 @@ class DistributedWire:
         world = dist.get_process_group_ranks(parent)
         store.set(_HOST.format(self.rank), socket.gethostname())
 
+        hosts = {self.rank: socket.gethostname()}
+
         def name(rank: int) -> str:
-            known = store.check([_HOST.format(rank)])
-            host = store.get(_HOST.format(rank))[:80].decode(errors="replace") if known else "an unknown host"
+            with contextlib.suppress(RuntimeError):  # the store may be gone
+                if rank not in hosts and store.check([_HOST.format(rank)]):
+                    hosts[rank] = printable(store.get(_HOST.format(rank))[:80].decode(errors="replace"))
             also = "" if world[rank] == rank else f"{world[rank]} of the world, "
-            return f"rank {rank} ({also}{host})"
+            return f"rank {rank} ({also}{hosts.get(rank, 'an unknown host')})"
 
         return StoreBoard(store, self.rank, self.ranks, self.seconds, name)
 
@@ -74,6 +78,8 @@ class DistributedWire:
             out, back = torch.zeros(2, 1, dtype=torch.uint8, device=device)
             sends, receives = [((self.rank + 1) % self.ranks, out)], [((self.rank - 1) % self.ranks, back)]
             self.exchange(sends, receives, channel, "the first message of a ring").wait()
+            for peer, _ in sends + receives:
+                self.board.name(peer)  # looked up while the store is there
             self._warm.add((device.type, channel))
 
     def exchange(
@@ -137,6 +143,16 @@ class DistributedWire:
             )
         return seconds
 
+    def leave(self) -> None:
+        """Destroy the groups that the ring has made (none where it runs on its parent), and take away this rank's notes."""
+        if "board" in vars(self):
+            with contextlib.suppress(RuntimeError):  # the store may be gone
+                self.board.remove([_HOST.format(self.rank)])
+        for group in self._groups:
+            if group in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(group)
+        self._groups, self._warm = [], set()
+
     def _lost(self, about: object, whom: Sequence[_Move], error: RuntimeError) -> PeerError:
         """The error for a transfer that has failed, with what other ranks have to say."""
         late = "timed out" in str(error).lower()
@@ -161,7 +177,7 @@ class DistributedWire:
         return f"ringflash, {self.board.name(self.rank)} of {self.ranks}"
 
     def _living_parent(self) -> dist.ProcessGroup:
-        parent = self._parent()
+        parent = self.parent()
         if parent is None or parent not in dist.distributed_c10d._world.pg_map:
             raise WireError("the process group of this ring was destroyed; build shardings and wrappers anew")
         return parent
@@ -208,11 +224,22 @@ def wire_of(group: dist.ProcessGroup) -> DistributedWire:
     """The wire of a group, made once and kept as long as the group."""
     wire = _wires.get(group)
     if wire is None:
+        _leave_dead_groups()
         wire = _wires[group] = DistributedWire(group)
+        _made.append(wire)
     return wire
 
 
 _wires: weakref.WeakKeyDictionary[dist.ProcessGroup, DistributedWire] = weakref.WeakKeyDictionary()
+_made: list[DistributedWire] = []
+
+
+def _leave_dead_groups() -> None:
+    """Destroy the rings' own groups of parents that were destroyed: torch keeps their sockets and threads otherwise."""
+    known = dist.distributed_c10d._world.pg_map
+    for wire in [wire for wire in _made if wire.parent() not in known]:
+        _made.remove(wire)
+        wire.leave()
 
 
 def _ring_group(parent: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:

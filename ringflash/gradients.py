@@ -10,6 +10,7 @@ backward runs, earlier gradients are set aside; when it is over, what is new is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,11 +33,14 @@ class GradientSum:
 
     A parameter that only some ranks used counts as zero on the others; one that nobody used keeps no gradient.
     ``torch.autograd.grad`` accumulates nothing, so nothing is summed for it. Hooks of others that run while a backward is
-    under way see this rank's share.
+    under way see this rank's share. ``compare``: called with the model when it has other parameters than before; raises
+    where ranks' parameters differ.
     """
 
-    def __init__(self, model: nn.Module, wire: Collectives) -> None:
-        self._model, self._wire = model, wire
+    def __init__(
+        self, model: nn.Module, wire: Collectives, compare: Callable[[nn.Module], None] | None = None
+    ) -> None:
+        self._model, self._wire, self._compare = model, wire, compare
         self._parameters: list[nn.Parameter] = []
         self._hooks: list[RemovableHandle] = []
         self._under_way: dict[int, _Backward] = {}  # by torch's number: reentrant checkpointing runs one inside another
@@ -51,6 +55,8 @@ class GradientSum:
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         if self._wire.ranks == 1 or [id(p) for p in parameters] == [id(p) for p in self._parameters]:
             return
+        if self._compare is not None:
+            self._compare(self._model)
         for hook in self._hooks:
             hook.remove()
         self._parameters, self._hooks = parameters, []

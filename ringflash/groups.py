@@ -14,7 +14,6 @@ This module and ``distributed.py`` are the only ones that mention ``torch.distri
 
 from __future__ import annotations
 
-import operator
 import os
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringflash.board import Board
 from ringflash.distributed import wire_of
+from ringflash.numbers import brief, whole
 from ringflash.wire import Collectives, Crossing, Slice, Trunk, Unconnected, Wire
 
 
@@ -77,9 +77,9 @@ def resolve_axes(group: Group, heads_axis: str | int | None) -> tuple[Group, int
 
 def _degree(value: object, ranks: int) -> int:
     try:
-        degree = operator.index(value)  # type: ignore[arg-type]
+        degree = whole(value, "heads_axis")
     except TypeError:
-        raise TypeError(f"heads_axis is {value!r}; the name of an axis of a mesh, or a number of ranks") from None
+        raise TypeError(f"heads_axis is {brief(value)}; the name of an axis of a mesh, or a number of ranks") from None
     if degree < 1 or ranks % degree:
         fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise ValueError(f"heads_axis is {degree}, and the group has {ranks} ranks; {ranks} can be cut by {fitting}")
@@ -94,9 +94,12 @@ def resolve(group: Group) -> Group:
     if group is None:
         if dist.is_available() and dist.is_initialized():
             return dist.group.WORLD
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        promised = os.environ.get("WORLD_SIZE", "1")
+        if not promised.isdecimal():
+            raise ValueError(f"group is None and WORLD_SIZE is {promised!r}, which is no number of ranks")
+        if int(promised) > 1:
             raise ValueError(
-                f"group is None and WORLD_SIZE is {os.environ['WORLD_SIZE']}: call torch.distributed.init_process_group() "
+                f"group is None and WORLD_SIZE is {promised}: call torch.distributed.init_process_group() "
                 "first, or every rank would attend to its own shard alone"
             )
         return (0, 1)
@@ -108,9 +111,13 @@ def resolve(group: Group) -> Group:
             )
         return group.get_group()
     if isinstance(group, tuple | list):
-        if len(group) != 2 or not all(isinstance(x, int) for x in group) or not 0 <= group[0] < group[1]:
-            raise ValueError(f"group is {group!r}; a pair means (rank, ranks), with 0 <= rank < ranks")
-        return (group[0], group[1])
+        try:
+            rank, ranks = (whole(x, "group", least=0) for x in group)
+        except (TypeError, ValueError):
+            rank = ranks = 0
+        if not rank < ranks:
+            raise ValueError(f"group is {brief(group)}; a pair means (rank, ranks), with 0 <= rank < ranks")
+        return (rank, ranks)
     if isinstance(group, dist.ProcessGroup | Grid) or hasattr(group, "wire"):
         return group
     raise TypeError(
@@ -140,6 +147,13 @@ def processes(group: Group) -> list[int]:
     if isinstance(group, Grid):
         return processes(group.ring) + processes(group.heads)
     return list(dist.get_process_group_ranks(group)) if isinstance(group, dist.ProcessGroup) else []
+
+
+def destroyed(group: Group) -> bool:
+    """Whether ``torch.distributed`` made a resolved group and has destroyed it since."""
+    if isinstance(group, Grid):
+        return destroyed(group.ring) or destroyed(group.heads)
+    return isinstance(group, dist.ProcessGroup) and group not in dist.distributed_c10d._world.pg_map
 
 
 def nodes(group: Group) -> int:

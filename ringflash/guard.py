@@ -68,6 +68,8 @@ class Guard:
     rank: int = 0
     ranks: int = 1
     unread: Unread = field(default_factory=deque)
+    report: Callable[[str], None] = lambda trouble: None
+    """Tells the other ranks why this one stops."""
     _labels: list[tuple[Tensor, tuple[int, ...], str]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -101,8 +103,8 @@ class Guard:
             found, wanted = (x & (1 << 64) - 1 for x in (int(checksum(parcel.payload)), stated))
             if found != wanted:
                 shapes = ", ".join(map(_shape, parcel.tensors))
-                raise IntegrityError(
-                    f"{self.me}: {way}: the checksum of {kind.what} ({shapes}) is {found:016x}, and its label says "
+                raise self._error(
+                    f"{way}: the checksum of {kind.what} ({shapes}) is {found:016x}, and its label says "
                     f"{wanted:016x}: they changed after they were packed, on a link or in a rank's memory; they are of no use"
                 )
             self.scan(parcel.tensors, kind, way)
@@ -111,7 +113,7 @@ class Guard:
         """Raise :class:`NonFiniteError` if one of the numbers that came is NaN or infinite."""
         fault = unfit(dict(zip(kind.names, tensors, strict=False)))
         if fault:
-            raise NonFiniteError(f"{self.me}: {way}: {fault}")
+            raise self._error(f"{way}: {fault}", NonFiniteError)
 
     def repeats(self, number: int, of: int) -> bool:
         """Whether the visit of this ``number`` is the one that this call computes twice."""
@@ -122,8 +124,8 @@ class Guard:
         for name in ("out", "lse"):
             a, b = getattr(first, name), getattr(second, name)
             if not _same_bits(a, b):
-                raise IntegrityError(
-                    f"{self.me}: {what}: computed twice from the same numbers, {name} differs, first at "
+                raise self._error(
+                    f"{what}: computed twice from the same numbers, {name} differs, first at "
                     f"{(a != b).nonzero()[:1].tolist()}: this device computes wrongly, or memory changes under it"
                 )
 
@@ -159,10 +161,15 @@ class Guard:
         else:
             wrong = (f"{n} {a}, not {b}" for n, a, b in zip(_FIELDS, says, expected, strict=False) if a != b)
             what = f"another message came than the plan says: {'; '.join(wrong)}"
-        raise IntegrityError(
-            f"{self.me}: {way}: {what}. The ranks make different calls, or messages were lost or swapped; results of this call "
+        raise self._error(
+            f"{way}: {what}. The ranks make different calls, or messages were lost or swapped; results of this call "
             "and of those after it are of no use"
         )
+
+    def _error(self, trouble: str, kind: type[IntegrityError] = IntegrityError) -> IntegrityError:
+        """What to raise; only this rank knows of it, and the others wait for it: so they are told."""
+        self.report(f"{self}: {trouble}")
+        return kind(f"{self.me}: {trouble}")
 
     @property
     def me(self) -> str:
@@ -171,12 +178,12 @@ class Guard:
 
 
 def checksum(payload: Tensor) -> Tensor:
-    """A 64-bit sum over the words of a uint8 buffer ``[n]``, ``n`` a multiple of 8; int64 ``[1]``.
+    """A 64-bit sum over the words of a uint8 buffer ``[n]``, ``n`` a multiple of 4; int64 ``[1]``.
 
-    Every word counts with a weight of its own, an odd number: modulo 2^64 one changed word changes the sum, whatever the
-    change, and so do two words that are swapped, unless they are equal or differ in the highest bits only.
+    Every word of 32 bits counts with a weight of its own, an odd number of 64 bits. So modulo 2^64 the sum changes with
+    whatever happens to one word, with any two bits, and with any two words that are swapped.
     """
-    words = payload.view(torch.int64)
+    words = payload.view(torch.int32)
     total = torch.zeros(1, dtype=torch.int64, device=payload.device)
     weights = torch.arange(min(len(words), _BLOCK), device=payload.device).mul_(2).add_(1).mul_(_GOLDEN)
     for block in words.split(_BLOCK):

@@ -20,6 +20,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from ringflash.numbers import FAR, brief
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -37,6 +39,14 @@ class Layout:
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.runs, tuple | list):
+            raise TypeError(f"Layout: runs is {brief(self.runs)}; for each rank a tuple of ranges is needed")
+        for rank, runs in enumerate(self.runs):
+            odd = [run for run in runs if not isinstance(run, range)] if isinstance(runs, tuple | list) else [runs]
+            if odd:
+                raise TypeError(f"Layout: runs: rank {rank} holds {brief(odd[0])}; a tuple of ranges is needed")
+            if any(max(abs(run.start), abs(run.stop)) > FAR for run in runs):
+                raise ValueError(f"Layout: runs: rank {rank} holds {brief(runs)}; positions go up to 2**60")
         object.__setattr__(self, "runs", tuple(map(tuple, self.runs)))  # lists are as good
 
     def __hash__(self) -> int:

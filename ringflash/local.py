@@ -23,19 +23,20 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import DeadlockError, WireError
+from ringflash.numbers import whole
 from ringflash.wire import Message
 
 Lane = tuple[int, int, int]
 """Who sends, who receives, and the channel."""
+
+_MOST = 1 << 16  # each rank is a thread
 
 
 class LocalWorld:
     """``ranks`` ranks in this process; made by :func:`local_world`."""
 
     def __init__(self, ranks: int) -> None:
-        if ranks < 1:
-            raise ValueError(f"local_world: ranks is {ranks}; a world has at least one")
-        self.ranks = ranks
+        self.ranks = whole(ranks, "local_world: ranks", least=1, most=_MOST, needed="a world has at least one")
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """Call ``fn(group, *args)`` once per rank and return the results in the order of the ranks.
@@ -178,6 +179,9 @@ class LocalBoard:
 
     def waiting(self, what: str) -> None:
         """Nobody has to be told."""
+
+    def report(self, trouble: str) -> None:
+        """The world ends with the first error."""
 
     def distress(self, trouble: str) -> str:
         return ""

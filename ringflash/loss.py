@@ -36,19 +36,38 @@ class Mean:
     group: Group
     engine: bool
 
-    def of(self, here: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
+    def of(self, here: Tensor, labels: Tensor, strange: Tensor, items: Tensor | float | None) -> Tensor:
         """The loss from the sum over this rank's tokens, 0-dim.
 
+        ``strange``: how many labels of this rank are outside the vocabulary; if any rank has one, all of them raise.
         ``items``: the caller divides and scales, as Transformers' Trainer does, and gets this rank's share of sum / items.
         """
         if items is not None:
+            _refuse(strange, "of this rank")
             return here / torch.as_tensor(items, device=here.device).to(here.dtype)
-        total = torch.stack([here.detach().double(), (labels != IGNORED).sum().double()])
+        total = torch.stack([here.detach().double(), (labels != IGNORED).sum().double(), strange.double()])
         connect_all(self.group).all_reduce(total)
+        _refuse(total[2], "of all ranks")
         count = total[1].clamp_min(1)
         ranks = address(self.group)[1] if self.engine else 1
         loss: Tensor = _Stated.apply(here * (ranks / count).to(here.dtype), (total[0] / count).to(here.dtype))
         return loss
+
+
+def in_vocabulary(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Labels with those outside ``[0, size)`` ignored, and the number of these, 0-dim: one rank alone must not raise."""
+    strange = (labels != IGNORED) & ((labels < 0) | (labels >= size))
+    return torch.where(strange, IGNORED, labels), strange.sum()
+
+
+def _refuse(strange: Tensor, whose: str) -> None:
+    """Raise if there are labels outside the vocabulary; on a GPU the device does, since nobody waits for it here."""
+    if strange.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(strange == 0, f"SequenceParallel: labels {whose} are outside the vocabulary")
+    elif strange:
+        raise ValueError(
+            f"SequenceParallel: {int(strange)} labels {whose} are outside the vocabulary of the logits; {IGNORED} is no target"
+        )
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -20,8 +20,7 @@ masks that let the same queries see the same keys compare and hash equal, howeve
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import chain, pairwise
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-FAR = 1 << 60  # further than any position
+from ringflash.numbers import FAR, brief, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,7 +62,7 @@ class Mask:
     """All terms as one row of int64, from which :meth:`read` makes the mask again."""
 
     def __post_init__(self) -> None:
-        canonical = _canonical(self.left, self.right, self.prefix, self.chunks, self.documents)
+        canonical = _canonical(*_checked(self.left, self.right, self.prefix, self.chunks, self.documents))
         documents = canonical[-1]
         derived = (max(1, len(documents)), documents[0][-1] if documents else None, _write(*canonical))
         for known, value in zip(fields(self), canonical + derived, strict=True):
@@ -108,6 +107,7 @@ class Mask:
         >>> [list(map(int, x)) for x in causal.bounds(np.arange(3))]
         [[0, 0, 0], [1, 2, 3]]
         """
+        row = self._row(row, "bounds")
         p = np.asarray(positions, dtype=np.int64)
         lo, hi = np.zeros_like(p), np.full_like(p, FAR)
         if self.left is not None:
@@ -120,7 +120,7 @@ class Mask:
             start = p // size * size
             lo, hi = np.maximum(lo, start), np.minimum(hi, start + size)
         if self.documents:
-            offsets = np.asarray(self.documents[row if len(self.documents) > 1 else 0], dtype=np.int64)
+            offsets = np.asarray(self.documents[row], dtype=np.int64)
             document = np.searchsorted(offsets, p, side="right")  # 0 before the first, len(offsets) after the last
             lo = np.maximum(lo, np.concatenate([offsets[:1], offsets])[document])
             hi = np.minimum(hi, np.concatenate([offsets, offsets[-1:]])[document])
@@ -132,6 +132,7 @@ class Mask:
         >>> [list(map(int, x)) for x in window(1, 0).seers(np.arange(3))]
         [[0, 1, 2], [2, 3, 4]]
         """
+        row = self._row(row, "seers")
         k = np.asarray(positions, dtype=np.int64)
         lo, hi = np.full_like(k, -FAR), np.full_like(k, FAR)
         if self.left is not None:
@@ -144,7 +145,7 @@ class Mask:
             start = k // size * size
             lo, hi = np.maximum(lo, start), np.minimum(hi, start + size)
         if self.documents:
-            offsets = np.asarray(self.documents[row if len(self.documents) > 1 else 0], dtype=np.int64)
+            offsets = np.asarray(self.documents[row], dtype=np.int64)
             document = np.searchsorted(offsets, k, side="right")
             lo = np.maximum(lo, np.concatenate([offsets[:1], offsets])[document])
             hi = np.minimum(hi, np.concatenate([offsets, offsets[-1:]])[document])
@@ -159,10 +160,18 @@ class Mask:
         · █ █ ·
         · · █ █
         """
-        columns = np.arange(length if keys is None else keys)
-        lo, hi = self.bounds(np.arange(length) + q_offset, row)
+        length = whole(length, "draw: length", least=0)
+        columns = np.arange(length if keys is None else whole(keys, "draw: keys", least=0))
+        row = self._row(row, "draw")
+        lo, hi = self.bounds(np.arange(length) + whole(q_offset, "draw: q_offset"), row)
         seen = (columns >= lo[:, None]) & (columns < hi[:, None])
         return "\n".join(" ".join("█" if cell else "·" for cell in line) for line in seen)
+
+    def _row(self, row: int, caller: str) -> int:
+        """Which of ``documents`` are those of this batch row."""
+        rows = len(self.documents)
+        row = whole(row, f"{caller}: row", 0, FAR if rows < 2 else rows - 1)
+        return 0 if rows < 2 else row
 
     def __repr__(self) -> str:
         terms = []
@@ -183,23 +192,16 @@ def window(left: int | None, right: int | None) -> Mask:
 
     None is unlimited (not -1). A window of ``w`` tokens that ends at the query is ``window(w - 1, 0)``.
     """
-    for name, value in (("left", left), ("right", right)):
-        if value is not None and _integer(value, f"window: {name}") < 0:
-            raise ValueError(f"window: {name} is {value}; a distance is 0 or more, and None means unlimited")
     return Mask(left=left, right=right)
 
 
 def prefix(n: int) -> Mask:
     """Prefix-LM: a query sees the first ``n`` keys and everything up to itself. It is causal already."""
-    if _integer(n, "prefix: n") < 0:
-        raise ValueError(f"prefix: n is {n}; a number of keys is 0 or more")
-    return Mask(prefix=n)
+    return Mask(prefix=whole(n, "prefix: n", 0, needed=_KEYS))
 
 
 def chunks(n: int) -> Mask:
     """Chunked-local attention: positions are cut into chunks of ``n``, and a query sees its own chunk only."""
-    if _integer(n, "chunks: n") < 1:
-        raise ValueError(f"chunks: n is {n}; a chunk holds at least one position")
     return Mask(chunks=(n,))
 
 
@@ -218,19 +220,71 @@ def documents(cu_seqlens: Any) -> Mask:
             f"documents: cu_seqlens is a tensor on {cu_seqlens.device}; offsets are host integers, because the plan is "
             "made on the host. Keep the list that the loader packed, or copy once per batch with cu_seqlens.tolist()"
         )
-    table = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else list(cu_seqlens)
-    nested = len(table) > 0 and isinstance(table[0], Iterable)
-    rows = [tuple(_integer(x, "documents: cu_seqlens") for x in row) for row in (table if nested else [table])]
-    for row in rows:
-        if len(row) < 2 or row[0] != 0:
-            raise ValueError(f"documents: cu_seqlens is {_shorten(row)}; offsets start with 0 and end with the length")
-        if any(b < a for a, b in pairwise(row)):
-            raise ValueError(f"documents: cu_seqlens is {_shorten(row)}; offsets must not decrease")
-    if len({row[-1] for row in rows}) > 1:
+    return Mask(documents=_offsets(cu_seqlens))
+
+
+_UNORDERED = (Set, Mapping, str, bytes, bytearray)  # or not of offsets
+_DISTANCE = "a distance is 0 or more, and None means unlimited"
+_KEYS = "a number of keys is 0 or more"
+_ENDS = "offsets start with 0 and end with the length"
+_CHUNK = "a chunk holds at least one position"
+
+
+def _checked(left: Any, right: Any, prefix: Any, chunks: Any, documents: Any) -> tuple[Any, ...]:
+    """The terms of a mask as Python's own numbers, each called as in the function that makes it."""
+    left, right = (
+        n if n is None else whole(n, f"window: {name}", 0, needed=_DISTANCE)
+        for name, n in (("left", left), ("right", right))
+    )
+    prefix = prefix if prefix is None else whole(prefix, "prefix: n", 0, needed=_KEYS)
+    for name, value in (("chunks", chunks), ("documents", documents)):
+        if not isinstance(value, tuple):
+            raise TypeError(f"Mask: {name} is {brief(value)} of type {type(value).__name__}; a tuple is needed")
+    chunks = tuple(whole(n, "chunks: n", 1, needed=_CHUNK) for n in chunks)
+    for row in documents:
+        _check_offsets(row)
+    if len({row[-1] for row in documents}) > 1:
         raise ValueError(
-            f"documents: the batch rows end at {sorted({row[-1] for row in rows})}; every row covers the same length"
+            f"documents: the batch rows end at {sorted({row[-1] for row in documents})}; every row covers the same length"
         )
-    return Mask(documents=tuple(rows))
+    return left, right, prefix, chunks, documents
+
+
+def _offsets(cu_seqlens: Any) -> tuple[tuple[int, ...], ...]:
+    """Offsets as they are given, as one row of integers, or one for each batch row."""
+    what = "documents: cu_seqlens"
+    table = cu_seqlens
+    if hasattr(cu_seqlens, "tolist"):
+        try:
+            table = cu_seqlens.tolist()
+        except Exception:  # a tensor that is not dense raises whatever it likes
+            table = None
+    if not isinstance(table, Iterable) or isinstance(table, _UNORDERED):
+        raise TypeError(
+            f"{what} is {brief(cu_seqlens)} of type {type(cu_seqlens).__name__}; offsets in an order are needed: a list, a "
+            "tuple, an array or a tensor, or one of them for each batch row"
+        )
+    table = list(table)
+    nested = len(table) > 0 and isinstance(table[0], Iterable) and getattr(table[0], "ndim", 1) != 0
+    for row in table if nested else ():
+        if not isinstance(row, Iterable) or isinstance(row, _UNORDERED):
+            raise TypeError(f"{what} has the row {brief(row)}; each row is a list of offsets")
+    rows = tuple(tuple(whole(x, what, 0) for x in row) for row in (table if nested else [table]))
+    for row in rows:
+        if len(row) < 2:  # a mask keeps those of an empty sequence as (0,)
+            raise ValueError(f"{what} is {row}; {_ENDS}")
+    return rows
+
+
+def _check_offsets(row: Any) -> None:
+    if not isinstance(row, tuple) or not all(type(x) is int for x in row):
+        raise TypeError(f"Mask: documents has the row {brief(row)}; a tuple of int is needed: rf.documents makes it")
+    if not row or row[0] != 0:
+        raise ValueError(f"documents: cu_seqlens is {_shorten(row)}; {_ENDS}")
+    if any(b < a for a, b in pairwise(row)):
+        raise ValueError(f"documents: cu_seqlens is {_shorten(row)}; offsets must not decrease")
+    if row[-1] > FAR:
+        raise ValueError(f"documents: cu_seqlens is {_shorten(row)}; positions go up to 2**60")
 
 
 def _canonical(
@@ -317,13 +371,6 @@ def _join_documents(a: tuple[tuple[int, ...], ...], b: tuple[tuple[int, ...], ..
 
 def _least(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
-
-
-def _integer(value: Any, what: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{what} is {value!r} of type {type(value).__name__}; an integer is needed") from None
 
 
 def _brief(rows: tuple[tuple[int, ...], ...]) -> str:

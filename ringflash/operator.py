@@ -19,6 +19,7 @@ from torch import Tensor
 from ringflash.backend import Backend, select
 from ringflash.circulate import Cargo, Home, circulate
 from ringflash.door import enter
+from ringflash.errors import RingflashError
 from ringflash.freight import Freight
 from ringflash.guard import KEY_GRADIENTS, KEYS, QUERIES, QUERY_GRADIENTS, Guard
 from ringflash.intervals import intervals_of
@@ -304,8 +305,8 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "ringflash: attention can be differentiated once; the gradient of its gradient is not implemented "
+    raise RingflashError(
+        "flash_attention, ring_attention: attention can be differentiated once; the gradient of its gradient is not there "
         "(create_graph=True, gradient penalties, Hessians): use dense attention there"
     )
 

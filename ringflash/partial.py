@@ -18,6 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ringflash.numbers import brief
+from ringflash.tensors import require_dense
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 class Partial(NamedTuple):
     """Attention over some of the keys: ``out [b, s, h, d]`` and its natural log-sum-exp ``lse [b, h, s]``.
@@ -58,11 +63,16 @@ def sink(logits: Tensor) -> Partial:
     >>> merge(part, sink(torch.zeros(3))).out[0, 0, 0]
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
+    require_dense(logits, "sink: logits")
+    if logits.ndim != 1 or logits.dtype not in _FLOATS:
+        raise ValueError(
+            f"sink: logits is {logits.dtype} of shape {tuple(logits.shape)}; floats, one per head, are needed"
+        )
     return Partial(logits.new_zeros(1, 1, len(logits), 1), logits[None, :, None])
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """Combine attention over two disjoint sets of keys. Differentiable; shapes broadcast.
+    """Combine attention over two disjoint sets of keys. Differentiable; dimensions of 1 (a sink's) broadcast.
 
     Rows that have seen no key (``lse == -inf``, or FlashAttention 2's ``+inf``) take the other side unchanged, whatever
     their out holds; a row that neither side has seen stays zero. Only differences of lse are exponentiated, so nothing
@@ -72,8 +82,32 @@ def merge(a: Partial, b: Partial) -> Partial:
     >>> merge(a, b).out.item(), round(merge(a, b).lse.item(), 4)
     (2.0, 0.6931)
     """
+    _check("a", a)
+    _check("b", b)
+    if a.out.device != b.out.device:
+        raise ValueError(f"merge: a is on {a.out.device}, b on {b.out.device}; one device is needed")
+    if any(x != y and 1 not in (x, y) for x, y in zip(a.out.shape, b.out.shape, strict=True)):
+        shapes = f"a.out has shape {tuple(a.out.shape)}, b.out {tuple(b.out.shape)}"
+        raise ValueError(f"merge: {shapes}; they must agree, but for dimensions of 1")
     lse, weight_a, weight_b = _weigh(a.lse, b.lse)
     return Partial(_scaled(a.out, weight_a) + _scaled(b.out, weight_b), lse)
+
+
+def _check(name: str, part: object) -> None:
+    """Is this attention over some keys?"""
+    if not isinstance(part, Partial):
+        hint = ": rf.Partial(*pair)" if isinstance(part, tuple) and len(part) == 2 else ""
+        raise TypeError(f"merge: {name} is {brief(part)} of type {type(part).__name__}; an rf.Partial is needed{hint}")
+    for dims, field, x in (("[b, s, h, d]", "out", part.out), ("[b, h, s]", "lse", part.lse)):
+        require_dense(x, f"merge: {name}.{field}")
+        if x.ndim != dims.count(",") + 1 or x.dtype not in _FLOATS:
+            raise ValueError(f"merge: {name}.{field} is {x.dtype} of shape {tuple(x.shape)}; floats {dims} are needed")
+    batch, tokens, heads, _ = part.out.shape
+    if part.lse.shape != (batch, heads, tokens) or part.lse.device != part.out.device:
+        raise ValueError(
+            f"merge: {name}.lse has shape {tuple(part.lse.shape)} on {part.lse.device}; {name}.out, of shape "
+            f"{tuple(part.out.shape)} on {part.out.device}, needs {(batch, heads, tokens)} there"
+        )
 
 
 def absorb(total: Partial, part: Partial) -> None:

@@ -46,6 +46,10 @@ class Bound(NamedTuple):
 class Recipe(Protocol):
     """Anything that knows its plan and wires: a sharding, or a mask on one device."""
 
+    @property
+    def over(self) -> bool:
+        """Nobody can use it any more: its group was destroyed."""
+
     def bind(self, queries: int, keys: int) -> Bound:
         """For so many local queries and keys."""
 
@@ -66,6 +70,9 @@ class Recipes:
         """A new handle for ``recipe``."""
         number = next(self._numbers)
         self._alive[number] = recipe
+        with self._lock:
+            for old in [old for old, used in self._used.items() if used.over]:  # or its group would keep its sockets
+                del self._used[old]
         return torch.from_dlpack(np.array(number))  # real and on the CPU, even if torch is told to make fake ones
 
     def __getitem__(self, handle: Tensor) -> Recipe:

@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ringflash.needs import Needs
+from ringflash.numbers import whole
 
 _PATIENCE = 2
 """Steps that a total has for its way: one beside the next visit, and one to spare."""
@@ -116,7 +117,7 @@ class Ring:
     direction: int = 1
 
     def __post_init__(self) -> None:
-        _check("ring", direction=self.direction)
+        _settle(self, "ring", "direction")
 
     def tour(self, ranks: int) -> Tour:
         return DoubleRing(1, ranks, self.direction).tour(ranks)
@@ -143,7 +144,7 @@ class DoubleRing:
     direction: int = 1
 
     def __post_init__(self) -> None:
-        _check("double_ring", nodes=self.nodes, per_node=self.per_node, direction=self.direction)
+        _settle(self, "double_ring", "nodes", "per_node", "direction")
 
     def tour(self, ranks: int) -> Tour:
         if self.nodes * self.per_node != ranks:
@@ -179,7 +180,7 @@ class Direct:
 
     def __post_init__(self) -> None:
         if self.depth is not None:
-            _check("direct", depth=self.depth)
+            _settle(self, "direct", "depth")
 
     def tour(self, ranks: int) -> Tour:
         steps = np.arange(ranks)
@@ -193,15 +194,16 @@ class Direct:
         return {None: "gather", 1: "needed_only"}.get(self.depth, f"direct({self.depth})")
 
 
-def _check(route: str, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{route}: {name} is {number!r}; a whole number is needed")
-        if name == "direction" and number not in (1, -1):
-            raise ValueError(f"{route}: direction is {number}; 1 is towards higher ranks, -1 towards lower ones")
-        if name != "direction" and number < 1:
-            nothing = ", or None for all at once" if name == "depth" else ""
-            raise ValueError(f"{route}: {name} is {number}; a number from 1{nothing} is needed")
+def _settle(route: Ring | DoubleRing | Direct, called: str, *names: str) -> None:
+    """The numbers of a route as Python's own, if they make sense."""
+    for name in names:
+        turn = name == "direction"
+        nothing = ", or None for all at once" if name == "depth" else ""
+        needed = "1 is towards higher ranks, -1 towards lower ones" if turn else f"a number from 1{nothing} is needed"
+        number = whole(getattr(route, name), f"{called}: {name}", least=-1 if turn else 1, needed=needed)
+        if turn and number not in (1, -1):
+            raise ValueError(f"{called}: direction is {number}; {needed}")
+        object.__setattr__(route, name, number)
 
 
 def double_ring(nodes: int, per_node: int, direction: int = 1) -> DoubleRing:

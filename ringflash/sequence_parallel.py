@@ -18,6 +18,8 @@ from weakref import WeakValueDictionary
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ringflash.accord import accord_of, tell
+from ringflash.check import settle
 from ringflash.gradients import GradientSum
 from ringflash.groups import Group, address, connect_all
 from ringflash.layout import Layout
@@ -25,6 +27,7 @@ from ringflash.mask import Mask, causal
 from ringflash.route import Route
 from ringflash.shard import Sharding
 from ringflash.spread import Spread
+from ringflash.terms import HIDDEN, digest_of
 
 
 class SequenceParallel(nn.Module):
@@ -51,6 +54,7 @@ class SequenceParallel(nn.Module):
     ``gradients="reduce"``: parameter gradients are summed over ``group`` after every backward. ``"engine"``: DDP, FSDP or
     ZeRO averages over ``tokens_group`` or more, and the loss is scaled so that its average is right.
     state_dict, parameter names and attributes are those of ``model``; ``model.sharding`` is that of the last forward.
+    ``check``: how closely ranks watch each other, as in ``Sharding``.
     """
 
     module: nn.Module
@@ -68,6 +72,7 @@ class SequenceParallel(nn.Module):
         heads_axis: str | int | None = None,
         loss_tile: int | None = None,
         head: str | None = None,
+        check: str | None = None,
     ) -> None:
         super().__init__()
         if gradients not in ("reduce", "engine"):
@@ -78,7 +83,7 @@ class SequenceParallel(nn.Module):
                 "sequence again; wrap the inner model alone"
             )
         self._given: dict[str, Any] = dict(
-            layout=layout, seq_dims=seq_dims, route=route, loss_tile=loss_tile, head=head
+            layout=layout, seq_dims=seq_dims, route=route, loss_tile=loss_tile, head=head, check=check
         )
         self._mask, self._gradients = mask, gradients
         self.module = model
@@ -100,7 +105,7 @@ class SequenceParallel(nn.Module):
                     f"SequenceParallel: tokens_group has {tokens} ranks, group {mine}; gradients='reduce' sums over group "
                     "alone: use 'engine', with DDP or FSDP"
                 )
-            self._sum = _sum_once(model, self.spread.group)
+            self._sum = _sum_once(model, self.spread.group, check)
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -116,6 +121,9 @@ class SequenceParallel(nn.Module):
             self._sum.watch()
         try:
             return self.spread.leave(self.module(**self.spread.enter(args, kwargs)))
+        except Exception as error:
+            tell(self.spread.group, error)
+            raise
         finally:
             self.spread.forget()
 
@@ -165,23 +173,33 @@ class SequenceParallel(nn.Module):
 
 
 class _SumOver(GradientSum):
-    """A sum that knows its group."""
+    """A sum that knows its group, in which all ranks must have the same parameters."""
 
-    def __init__(self, model: nn.Module, group: Group) -> None:
-        super().__init__(model, connect_all(group))
-        self.group = group
+    def __init__(self, model: nn.Module, group: Group, check: str | None) -> None:
+        super().__init__(model, connect_all(group), self._compare)
+        self.group, self._check = group, settle(check)
+
+    def _compare(self, model: nn.Module) -> None:
+        if not self._check.compares:
+            return
+        named = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters() if p.requires_grad]
+        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        what = "parameters that learn"
+        texts = {what: f"{len(named)}, of {numbers:,} numbers", what + HIDDEN: digest_of({what: str(named)})}
+        name = "sum of gradients"
+        accord_of(self.group).enter(name, (name, *texts.values()), None, texts)
 
 
 _sums: WeakValueDictionary[int, _SumOver] = WeakValueDictionary()  # by id of the model, which lives as long as its sum
 
 
-def _sum_once(model: nn.Module, group: Group) -> GradientSum:
+def _sum_once(model: nn.Module, group: Group, check: str | None) -> GradientSum:
     """What sums the gradients of ``model``. A model that is wrapped again keeps the one it has: two would sum twice."""
     if address(group)[1] == 1:
         return GradientSum(model, connect_all(group))
     known = _sums.get(id(model))
     if known is None:
-        known = _sums[id(model)] = _SumOver(model, group)
+        known = _sums[id(model)] = _SumOver(model, group, check)
     if known.group != group:
         raise ValueError(
             "SequenceParallel: an earlier wrapper sums the gradients of model over another group; wrap copy.deepcopy(model)"

@@ -12,7 +12,6 @@ the ranks of a row hold neighbouring parts of one shard. Zigzag, 12 positions, r
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 
@@ -24,12 +23,14 @@ from ringflash.accord import accord_of
 from ringflash.auto import choose_layout, choose_route
 from ringflash.balance import balanced
 from ringflash.check import settle
-from ringflash.groups import Group, address, connect_all, connect_axes, nodes, resolve_axes
+from ringflash.groups import Group, address, connect_all, connect_axes, destroyed, nodes, resolve_axes
 from ringflash.layout import LAYOUTS, Layout
 from ringflash.mask import Mask, causal, full
+from ringflash.numbers import brief, said_by, whole
 from ringflash.plan import Plan, derive
 from ringflash.recipe import Bound, Watched, recipes
 from ringflash.route import ROUTES, Route, tour_of
+from ringflash.tensors import require_dense
 from ringflash.terms import terms_of
 from ringflash.ulysses import Swap
 
@@ -87,19 +88,21 @@ class Sharding:
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
             raise TypeError(
-                f"Sharding: mask is {self.mask!r}; a mask is a value such as rf.causal & rf.window(4095, 0)"
+                f"Sharding: mask is {brief(self.mask)}; a mask is a value such as rf.causal & rf.window(4095, 0)"
             )
-        length, keys = _count(self.length, "length"), _count(self.length if self.keys is None else self.keys, "keys")
+        length = _count(self.length, "length")
+        keys = length if self.keys is None else _count(self.keys, "keys")
         if keys != length and self.q_offset is None and self.mask != full:
             raise ValueError(
                 f"Sharding: {length} queries and {keys} keys under {self.mask}; say where the first query stands: "
                 f"q_offset={keys - length} aligns the ends, q_offset=0 the beginnings"
             )
-        offset = operator.index(self.q_offset or 0)
+        offset = 0 if self.q_offset is None else whole(self.q_offset, "Sharding: q_offset")
         if self.mask.length is not None and self.mask.length != keys:
             raise ValueError(f"Sharding: the documents of the mask cover {self.mask.length} positions, the keys {keys}")
-        group, degree = resolve_axes(self.group, self.heads_axis)
-        rings = address(group)[1] // degree
+        with said_by("Sharding"):
+            group, degree = resolve_axes(self.group, self.heads_axis)
+            rings = address(group)[1] // degree
         check = settle(self.check)
         layout = _settle_layout(self.layout, length, keys, rings, self.mask)
         queries, held = _lay_out(layout, length, rings), _lay_out(layout, keys, rings)
@@ -174,6 +177,10 @@ class Sharding:
 
         A route of ``"auto"`` is chosen anew.
         """
+        if not isinstance(mask, Mask):
+            raise TypeError(
+                f"with_mask: mask is {brief(mask)}; a mask is a value such as rf.causal & rf.window(4095, 0)"
+            )
         if mask is self.mask or mask == self.mask:
             return self
         other = self._relatives.get(mask)
@@ -194,9 +201,10 @@ class Sharding:
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of ``x``, whose ``dim`` is the whole sequence. Contiguous; differentiable."""
-        if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.length:
+        dim = _dim(x, dim, "shard")
+        if x.shape[dim] != self.length:
             raise ValueError(
-                f"shard: dim {dim} of a tensor of shape {tuple(x.shape)}; this sharding has {self.length} positions"
+                f"shard: x: dim {dim} of a tensor of shape {tuple(x.shape)}; this sharding has {self.length} positions"
                 + ("" if self.keys == self.length else "; keys go through key_sharding.shard")
             )
         return x.index_select(dim, self.positions.to(x.device)).contiguous()
@@ -207,9 +215,10 @@ class Sharding:
         Differentiable: the gradient of a position is summed over the ranks' whole sequences, so a loss that every rank
         computes alike counts once per rank.
         """
-        if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.local_length:
+        dim = _dim(x, dim, "unshard")
+        if x.shape[dim] != self.local_length:
             raise ValueError(
-                f"unshard: dim {dim} of a tensor of shape {tuple(x.shape)} should have this rank's positions; "
+                f"unshard: x: dim {dim} of a tensor of shape {tuple(x.shape)} should have this rank's positions; "
                 f"this rank holds {self.local_length} of {self.length}"
             )
         whole: Tensor = _Unshard.apply(x, self, dim % x.ndim)
@@ -230,6 +239,11 @@ class Sharding:
     def bind(self, queries: int, keys: int) -> Bound:
         """What an operator needs to run. The numbers of local tokens were checked before."""
         return self._bound
+
+    @property
+    def over(self) -> bool:
+        """Its group was destroyed."""
+        return destroyed(self.group)
 
     def _plan_of(self, rank: int) -> Plan:
         queries, keys = self._layouts
@@ -254,6 +268,15 @@ class Sharding:
         assert not isinstance(route, str)
         terms = terms_of(self._layouts, layout, self.mask, route, self.q_offset or 0, self.heads_degree, check.name)
         return Watched(accord_of(self.group), check, terms)
+
+    def _compare_part(self, x: Tensor, dim: int) -> None:
+        """All ranks are to unshard parts that fit: a gather of others would end a process, or give noise."""
+        if self._watched is None:
+            return
+        accord, check, terms = self._watched
+        shape = (*x.shape[:dim], -1, *x.shape[dim + 1 :])
+        texts = {"shape": str(list(shape)), "dim": str(dim), "dtype": str(x.dtype), "device": x.device.type}
+        accord.enter("unshard", ("unshard", shape, dim, x.dtype), terms, texts, check.every_call)
 
     @property
     def _held(self) -> Layout:
@@ -280,13 +303,18 @@ def _(handle: Tensor, table: Tensor) -> Tensor:
 def _settle_layout(wanted: str | Layout, length: int, keys: int, ranks: int, mask: Mask) -> str | Layout:
     """The name of a layout that needs no mask, with "auto" decided, or a layout that fits."""
     if isinstance(wanted, Layout):
-        wanted.check()
+        with said_by("Sharding"):
+            wanted.check()
         if (wanted.length, wanted.ranks) != (length, ranks) or keys != length:
             raise ValueError(
                 f"Sharding: layout has {wanted.length} positions on {wanted.ranks} ranks; needed are {length} "
                 f"on {ranks}" + ("" if keys == length else f", and {keys} keys can only be laid out by name")
             )
         return wanted
+    if not isinstance(wanted, str):
+        raise TypeError(
+            f"Sharding: layout is {brief(wanted)} of type {type(wanted).__name__}; a name is needed, or a Layout"
+        )
     name = _chosen_layout(length, keys, ranks, mask) if wanted == "auto" else wanted
     if name == "balanced":
         if keys != length:
@@ -294,7 +322,8 @@ def _settle_layout(wanted: str | Layout, length: int, keys: int, ranks: int, mas
                 f"Sharding: layout is 'balanced' and there are {keys} keys for {length} queries; documents are balanced "
                 f"where queries and keys are the same positions: accepted are {', '.join(map(repr, LAYOUTS))}"
             )
-        return _balanced(length, ranks, mask)
+        with said_by("Sharding"):
+            return _balanced(length, ranks, mask)
     if name not in LAYOUTS:
         names = ", ".join(map(repr, ("auto", *LAYOUTS, "balanced")))
         raise ValueError(f"Sharding: layout is {wanted!r}; accepted are {names}, or a Layout")
@@ -307,7 +336,7 @@ def _lay_out(layout: str | Layout, length: int, ranks: int) -> Layout:
 
 def _settle_route(wanted: str | Route, queries: Layout, keys: Layout, mask: Mask, q_offset: int, group: Group) -> Route:
     """The route, with "auto" decided, if it fits the ranks of a ring."""
-    if wanted == "auto":
+    if isinstance(wanted, str) and wanted == "auto":
         homes = nodes(group)
         homes = homes if queries.ranks % homes == 0 else 1
         route = _chosen_route(queries, keys, mask, q_offset, homes)
@@ -319,7 +348,9 @@ def _settle_route(wanted: str | Route, queries: Layout, keys: Layout, mask: Mask
     elif callable(getattr(wanted, "tour", None)):
         route = wanted
     else:
-        raise TypeError(f"Sharding: route is {wanted!r}; a name is needed, or a value such as rf.double_ring(2, 4)")
+        raise TypeError(
+            f"Sharding: route is {brief(wanted)}; a name is needed, or a value such as rf.double_ring(2, 4)"
+        )
     try:
         tour_of(route, queries.ranks)
     except ValueError as error:
@@ -351,18 +382,36 @@ def plan(s: Sharding) -> Plan:
        0  shard 1 (10 cells)  -             -
        1  shard 0 (16 cells)  -             0 to rank 0
     """
+    s = _sharding(s, "plan")
     return s.plan
 
 
 def plans(s: Sharding) -> list[Plan]:
     """The plans of all ranks of a ring, for :func:`ringflash.verify` and pictures. Nothing is sent: each is derived here."""
+    s = _sharding(s, "plans")
     return [s._plan_of(rank) for rank in range(s.ring_ranks)]
+
+
+def _sharding(s: object, caller: str) -> Sharding:
+    if not isinstance(s, Sharding):
+        raise TypeError(f"{caller}: s is {brief(s)} of type {type(s).__name__}; an rf.Sharding is needed")
+    return s
+
+
+def _dim(x: Tensor, dim: int, caller: str) -> int:
+    """``dim`` of a dense tensor, if it has that."""
+    ndim = require_dense(x, f"{caller}: x").ndim
+    dim = whole(dim, f"{caller}: dim")
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"{caller}: dim is {dim}; a dim of a tensor x of shape {tuple(x.shape)} is needed")
+    return dim
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, s: Sharding, dim: int) -> Tensor:
         ctx.sharding, ctx.dim = s, dim  # type: ignore[attr-defined]
+        s._compare_part(x, dim)
         layout = s._held
         longest = max(map(layout.tokens, range(s.ranks)))
         padded = x.new_zeros(longest, *x.shape[:dim], *x.shape[dim + 1 :])  # gathers need equal shapes
@@ -382,10 +431,4 @@ class _Unshard(torch.autograd.Function):
 
 
 def _count(value: object, name: str) -> int:
-    try:
-        count = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"Sharding: {name} is {value!r}; a number of positions is needed") from None
-    if count < 0:
-        raise ValueError(f"Sharding: {name} is {count}; a number of positions is 0 or more")
-    return count
+    return whole(value, f"Sharding: {name}", least=0, needed="a number of positions is 0 or more")

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ringflash.check import settle
 from ringflash.groups import Group, address, resolve, resolve_axes
 from ringflash.layout import Layout
-from ringflash.loss import IGNORED, Mean, Tiles, cross_entropy_sum
+from ringflash.loss import IGNORED, Mean, Tiles, cross_entropy_sum, in_vocabulary
 from ringflash.mask import Mask, documents
+from ringflash.numbers import said_by, whole
 from ringflash.route import Route
 from ringflash.shard import Sharding
 from ringflash.tiling import Tiled
@@ -110,10 +112,12 @@ class Spread:
         seq_dims: Mapping[str, int | None] | None = None,
         loss_tile: int | None = None,
         head: str | None = None,
+        check: str | None = None,
     ) -> None:
         self.sharding: Sharding | None = None
-        self.group, self.heads_axis = resolve_axes(group, heads_axis)
-        self.tokens_group = self.group if tokens_group is None else resolve(tokens_group)
+        with said_by("SequenceParallel"):
+            self.group, self.heads_axis = resolve_axes(group, heads_axis)
+            self.tokens_group = self.group if tokens_group is None else resolve(tokens_group)
         self.adapter = next((found for find in ADAPTERS if (found := find(model, mask)) is not None), None)
         if not any(_takes_part(m) and not isinstance(m, Tiled) for m in model.modules()):
             raise ValueError(
@@ -122,7 +126,7 @@ class Spread:
                 "call rf.ring_attention(q, k, v, self.sharding). For a Transformers model, import "
                 "ringflash.integrations.transformers"
             )
-        self._model, self._mask, self._layout, self._route = model, mask, layout, route
+        self._model, self._mask, self._layout, self._route, self._check = model, mask, layout, route, settle(check).name
         self._seq_dims = SEQUENCE_DIMS | dict(seq_dims or {})
         self._signature = inspect.signature(_who_names_inputs(model).forward)
         self._mean = Mean(self.tokens_group, engine)
@@ -170,11 +174,12 @@ class Spread:
         loss: Tensor | None = None
         left: Tensor | None = logits
         if batch.labels is not None:
+            labels, strange = in_vocabulary(batch.labels, logits.shape[-1])
             if self._tiles is None:
-                here = cross_entropy_sum(logits, batch.labels)
+                here = cross_entropy_sum(logits, labels)
             else:
-                here, left = self._tiles.sum(logits, batch.labels, batch.sharding), None
-            loss = self._mean.of(here, batch.labels, batch.items)
+                here, left = self._tiles.sum(logits, labels, batch.sharding), None
+            loss = self._mean.of(here, labels, strange, batch.items)
         back = batch.back
         for result in (logits, loss):
             if result is not None and result.requires_grad:
@@ -206,7 +211,8 @@ class Spread:
             mask = with_padding(mask, inputs.pop("attention_mask", None), length)
         else:
             mask = self.adapter.prepare(inputs, mask, length)
-        s = Sharding(length, self.group, mask, self._layout, self._route, heads_axis=self.heads_axis)
+        how = (self._layout, self._route)
+        s = Sharding(length, self.group, mask, *how, heads_axis=self.heads_axis, check=self._check)
         labels = _targets(inputs)
         if labels is not None:
             inputs["shift_labels"] = labels
@@ -255,8 +261,9 @@ class Spread:
             if name is not None:
                 raise ValueError(f"SequenceParallel: head is {name!r} without loss_tile; it serves that alone")
             return None
-        if not isinstance(loss_tile, int) or loss_tile < 1:
-            raise ValueError(f"SequenceParallel: loss_tile is {loss_tile!r}; a number of tokens, 1 or more, is needed")
+        loss_tile = whole(
+            loss_tile, "SequenceParallel: loss_tile", 1, needed="a number of tokens, 1 or more, is needed"
+        )
         model = innermost(self._model)
         head = None if self.adapter is None else self.adapter.head
         if name is not None:

@@ -64,7 +64,7 @@ def terms_of(
         "heads_axis": heads,
         "check": check,
     }
-    texts = {name: _short(str(value)) for name, value in plain.items()}
+    texts = {name: short(str(value)) for name, value in plain.items()}
     texts |= {name + HIDDEN: digest for name, digest in deep.items()}
     return Terms(texts, digest_of(texts))
 
@@ -88,5 +88,6 @@ def _digest_of_route(route: Route, ranks: int) -> str:
     return _digest(*(np.ascontiguousarray(getattr(tour, field.name)).tobytes() for field in fields(tour)))
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """A text that fits into a sentence."""
     return text if len(text) <= _SHORT else f"{text[: _SHORT - 10]} ... #{_digest(text.encode())[:8]}"

@@ -39,6 +39,7 @@ def verify(plans: Sequence[Plan]) -> Verdict:
     A plan says nothing about numbers: NaN or inf at a key never crosses a hop that the plan dropped, but inside a tile
     that is partly visible a kernel multiplies it by zero, and 0 x NaN is NaN for the rows of that tile.
     """
+    require_plans(plans, "verify")
     if not plans or [p.rank for p in plans] != list(range(plans[0].ranks)):
         raise PlanError(f"verify: got plans of ranks {[p.rank for p in plans]}; one plan for every rank, in order")
     if len({p.problem for p in plans}) > 1:
@@ -62,6 +63,17 @@ def verify(plans: Sequence[Plan]) -> Verdict:
         onward_hops=sum(len(x.onward_out) for x in legs),
         home_hops=sum(len(x.home_out) for x in legs),
     )
+
+
+def require_plans(plans: object, caller: str) -> None:
+    """Raise ``TypeError`` unless these are plans; ``caller`` was given them."""
+    if not isinstance(plans, Sequence):
+        came = f"a {type(plans).__name__}"
+    elif odd := [p for p in plans if not isinstance(p, Plan)]:
+        came = f"a {type(plans).__name__} with a {type(odd[0]).__name__} in it"
+    else:
+        return
+    raise TypeError(f"{caller}: plans is {came}; a list of the plans of all ranks is needed, rf.plans(s)")
 
 
 def _check_visits(plan: Plan) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ringflash as rf
-from ringflash.layout import LAYOUTS
+from ringflash.layout import LAYOUTS, solid
 from ringflash.route import ROUTES
 
 NAMES = sorted(LAYOUTS)
@@ -129,6 +129,7 @@ def test_neighbouring_chunks_are_one_run():
     """Runs are what planning costs: the rank in the middle of a zigzag holds one, and empty chunks none."""
     assert LAYOUTS["zigzag"](12, 2).runs == ((range(0, 3), range(9, 12)), (range(3, 9),))
     assert LAYOUTS["contiguous"](2, 4).runs == ((), (range(0, 1),), (), (range(1, 2),))
+    assert solid(range(0, 8, 2), range(8, 10)) == (range(0, 8, 2), range(8, 10))  # the stripes have gaps
     assert all(len(run) for name in NAMES for runs in LAYOUTS[name](5, 7).runs for run in runs)
 
 
@@ -141,6 +142,8 @@ REFUSED = [
     (((range(5, -1, -1),),), "ascending"),
     (((range(0, 0), range(0, 3)),), "non-empty"),
     (((range(0, 6, 2), range(1, 6, 2)),), "ascending"),  # interleaved runs of one rank
+    (((range(0, 6, 2),), (range(0, 6, 2),)), "exactly one rank"),  # stripes twice, and stripes of nobody
+    (((range(0, 6, 2),), (range(1, 6, 4),)), "exactly one rank"),
 ]
 
 

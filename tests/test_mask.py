@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from functools import reduce
 from types import SimpleNamespace
@@ -126,6 +127,30 @@ def test_masks_are_equal_iff_they_let_the_same_cells_through(pair):
         assert hash(a.mask) == hash(b.mask) and repr(a.mask) == repr(b.mask)
 
 
+def test_every_small_mask_lets_its_cells_through_and_has_one_spelling():
+    """Terms imply each other from one exact number on, which random numbers seldom hit: all numbers up to 6 are tried."""
+
+    def table(sees: oracle.Predicate) -> np.ndarray:
+        return np.array(cells(Masked(rf.full, (sees,)), FEW)[0])
+
+    sides = [None, *range(7)]
+    windows = [(rf.window(a, b), table(oracle.window(a, b))) for a in sides for b in sides]
+    prefixes = [(rf.full, table(oracle.full())), *((rf.prefix(n), table(oracle.prefix(n))) for n in range(8))]
+    cuts = [(rf.full, table(oracle.full()))]
+    cuts += [(rf.chunks(n), table(oracle.chunks(n))) for n in (2, 3, 5)]
+    cuts += [
+        (rf.documents(row), table(oracle.documents(row))) for row in ((0, 6), (0, 2, 7), (0, 1, 5, 6), (0, 1, 2, 3))
+    ]
+    known: dict[bytes, rf.Mask] = {}
+    keys = np.arange(FEW.stop)
+    for (window, a), (prefix, b), (cut, c) in itertools.product(windows, prefixes, cuts):
+        mask, seen = window & prefix & cut, a & b & c
+        lo, hi = mask.bounds(np.array(FEW))
+        assert (((keys >= lo[:, None]) & (keys < hi[:, None])) == seen).all(), (window, prefix, cut)
+        assert known.setdefault(seen.tobytes(), mask) == mask, (window, prefix, cut)
+    assert len(known) == len({*known.values()})
+
+
 SPELLINGS = [
     (rf.window(None, 0), rf.causal),
     (rf.window(None, None), rf.full),
@@ -233,6 +258,24 @@ REFUSED = [
     (lambda: rf.documents([[0, 5], [0, 6]]), ValueError, "every row covers the same length"),
     (lambda: rf.documents([0.0, 5.0]), TypeError, "integer is needed"),
     (lambda: rf.documents(torch.tensor([0.0, 5.0])), TypeError, "integer is needed"),
+    (lambda: rf.window(2**60 + 1, 0), ValueError, r"None means unlimited; 2\*\*60 is the most"),
+    (lambda: rf.window(True, 0), TypeError, "window: left is True of type bool"),
+    (lambda: rf.chunks(torch.tensor(True)), TypeError, "chunks: n is tensor"),
+    (lambda: rf.prefix(torch.tensor([3])), TypeError, "prefix: n is tensor"),
+    (lambda: rf.documents({8, 0, 3}), TypeError, "of type set; offsets in an order are needed"),
+    (lambda: rf.documents(b"\x00\x08"), TypeError, "of type bytes; offsets in an order"),
+    (lambda: rf.documents(8), TypeError, "documents: cu_seqlens is 8 of type int"),
+    (lambda: rf.documents([[0, 8], 3]), TypeError, "documents: cu_seqlens has the row 3"),
+    (lambda: rf.documents([False, True]), TypeError, "documents: cu_seqlens is False of type bool"),
+    (lambda: rf.documents(torch.tensor([0, 8]).to_sparse()), TypeError, "documents: cu_seqlens is tensor"),
+    (lambda: rf.documents([0, 10**30]), ValueError, r"a number from 0 to 2\*\*60"),
+    (lambda: rf.Mask(left="x"), TypeError, "window: left is 'x'"),
+    (lambda: rf.Mask(chunks=(0,)), ValueError, "chunks: n is 0"),
+    (lambda: rf.Mask(documents=3), TypeError, "Mask: documents is 3 of type int"),
+    (lambda: rf.Mask(documents=((0, 3.0),)), TypeError, r"Mask: documents has the row \(0, 3.0\)"),
+    (lambda: rf.causal.draw("3"), TypeError, "draw: length is '3'"),
+    (lambda: rf.documents([[0, 3], [0, 1, 3]]).draw(3, row=2), ValueError, "draw: row is 2; a number from 0 to 1"),
+    (lambda: rf.documents([[0, 3], [0, 1, 3]]).bounds([0], row=-1), ValueError, "bounds: row is -1"),
     (lambda: rf.documents([0, 5]) & rf.documents([0, 6]), ValueError, "lengths 5 and 6"),
     (lambda: rf.documents([[0, 5], [0, 1, 5]]) & rf.documents([[0, 2, 5], [0, 3, 5], [0, 5]]), ValueError, "2 and 3"),
 ]

@@ -146,7 +146,6 @@ def test_what_others_have_run_fits():
         (lambda: memory(SMALL, 1, checkpointing="some"), "accepted are none, selective, attention, full"),
         (lambda: memory(SMALL, 1, gpus=0), "gpus is 0"),
         (lambda: memory(SMALL, 1, logits_chunk=0), "logits_chunk is 0"),
-        (lambda: memory(SMALL, 1, gpus=True), "gpus is True"),
         (lambda: memory(SMALL, 1, parts=-1), "parts is -1; a finite number of shards"),
         (lambda: longest_context(SMALL, "h100", 2, totals=float("nan")), "totals is nan"),
         (lambda: find_model("llama9"), "known are llama3-8b, llama3-70b"),
@@ -159,3 +158,5 @@ def test_wrong_values_are_refused_in_a_sentence(call, words):
     """The message names what came and what is accepted."""
     with pytest.raises(ValueError, match=words):
         call()
+    with pytest.raises(TypeError, match="memory: gpus is True of type bool"):
+        memory(SMALL, 1, gpus=True)

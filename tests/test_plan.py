@@ -157,6 +157,10 @@ def test_a_hop_is_needed_if_any_batch_row_needs_it():
     s = rf.Sharding(8, (0, 2), rf.documents([[0, 4, 8], [0, 3, 8]]), "contiguous")
     assert rf.verify(rf.plans(s)).visits == 4
     assert rf.verify(rf.plans(s.with_mask(rf.documents([0, 4, 8])))).visits == 2
+    alone = range(9)  # documents of one token
+    for rows in ([alone, [0, 3, 8]], [[0, 3, 8], alone]):
+        assert rf.verify(rf.plans(rf.Sharding(8, (0, 2), rf.documents(rows), "striped"))).visits == 4
+    assert rf.verify(rf.plans(rf.Sharding(8, (0, 2), rf.documents([alone, alone]), "striped"))).visits == 2
 
 
 def test_equal_questions_have_one_plan():
@@ -274,6 +278,33 @@ FAULTS = {
             3: chain(without("home_in", shard=1), extra("home_in", sent(3, 2, 1))),
         },
         r"total of shard 1 reaches its owner with the shares of ranks \[3, 0\]",
+    ),
+    "a shard is used in the step that sends it": (
+        {
+            1: chain(without("onward_out", shard=1), extra("onward_out", Transfer(1, 1, 0, 2, 1, (1,)))),
+            2: chain(without("onward_in", shard=1), extra("onward_in", Transfer(1, 1, 0, 1, 1, (1,)))),
+        },
+        "rank 2 is to use shard 1 in the step that sends it",
+    ),
+    "a total leaves in the step in which it is sent there": (
+        {
+            2: chain(without("home_out", shard=1), extra("home_out", sent(2, 3, 1))),
+            3: chain(without("home_in", shard=1), extra("home_in", sent(2, 2, 1))),
+        },
+        "total of shard 1 leaves rank 3 at step 2 out of turn",
+    ),
+    "a share is sent again when its total is home": (
+        {2: extra("home_out", sent(4, 3, 1)), 3: extra("home_in", sent(4, 2, 1))},
+        "total of shard 1 leaves rank 2 at step 4 out of turn",
+    ),
+    "a share is sent again to a rank that sends no more": (
+        {
+            0: chain(without("home_out", shard=1), extra("home_out", sent(4, 1, 1))),
+            1: chain(without("home_in", shard=1), extra("home_in", sent(4, 0, 1))),
+            2: extra("home_out", sent(3, 3, 1)),
+            3: extra("home_in", sent(3, 2, 1)),
+        },
+        r"total of shard 1 reaches its owner with the shares of ranks \[2, 3, 0\]",
     ),
 }
 

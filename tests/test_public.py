@@ -20,6 +20,7 @@ FLOORS = {
     0: {
         *(
             "errors",
+            "numbers",
             "units",
             "mask",
             "layout",
@@ -41,7 +42,7 @@ FLOORS = {
         "data.packing",
     },
     1: {
-        *("ranges", "freight", "partial", "intervals", "reference", "aten", "backend"),
+        *("tensors", "ranges", "freight", "partial", "intervals", "reference", "aten", "backend"),
         *("watch", "wire", "distributed", "groups", "local", "guard", "accord", "ulysses", "recipe", "shard"),
         "data.documents",
     },

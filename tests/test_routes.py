@@ -255,7 +255,7 @@ def test_a_route_that_does_not_fit_is_refused_at_once(route: Any, words: str) ->
     ("make", "error", "words"),
     [
         (lambda: rf.direct(0), ValueError, "depth is 0; a number from 1, or None for all at once"),
-        (lambda: rf.direct(1.5), TypeError, "direct: depth is 1.5; a whole number"),
+        (lambda: rf.direct(1.5), TypeError, "direct: depth is 1.5 of type float; an integer"),
         (lambda: rf.double_ring(-2, -4), ValueError, "double_ring: nodes is -2; a number from 1"),
         (lambda: rf.double_ring(2, 4, direction=0), ValueError, "direction is 0; 1 is towards higher ranks"),
         (lambda: Ring(2), ValueError, "ring: direction is 2"),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ringflash as rf
+from ringflash.gradients import GradientSum
 
 VOCABULARY, LENGTH = 17, 23
 
@@ -115,6 +116,23 @@ def test_a_parameter_that_nobody_used_keeps_no_gradient() -> None:
     """An optimizer skips parameters without a gradient; zeros would let weight decay and momentum act on them."""
     grads = trained(2)[0][2]
     assert grads["unused.weight"] is None and grads["embed.weight"] is not None
+
+
+def test_a_parameter_that_only_some_ranks_used_is_summed_on_all() -> None:
+    """Experts that no token of a rank went to count as zero there, and what earlier micro-batches left stays as it was."""
+
+    def one_rank(group: Any) -> dict[str, float | None]:
+        model = nn.ParameterDict(
+            {name: nn.Parameter(torch.ones(n)) for n, name in enumerate(("never", "rare", "often"))}
+        )
+        total = GradientSum(model, group.wire)
+        for used in (1, 0, 1):  # the rank that uses it
+            total.watch()
+            loss = model["often"].sum() * (1 + group.rank)
+            (loss + model["rare"].sum() * 10 if group.rank == used else loss).backward()
+        return {name: None if p.grad is None else p.grad.mean().item() for name, p in model.items()}
+
+    assert rf.local_world(3).run(one_rank) == [{"never": None, "rare": 30.0, "often": 18.0}] * 3
 
 
 def test_a_batch_without_any_target_has_loss_zero() -> None:

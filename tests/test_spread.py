@@ -152,6 +152,19 @@ def test_a_loss_without_logits_never_makes_more_than_a_tile_of_them() -> None:
     assert sum(rf.local_world(2).run(one_rank)) == LENGTH
 
 
+def test_every_rank_calls_the_head_equally_often_in_a_loss_without_logits() -> None:
+    """An engine that gathers the weights of the head at each call would wait for ever for a rank with fewer tokens."""
+
+    def one_rank(group: Any) -> int:
+        calls, model = [], Model()
+        model.head.register_forward_hook(lambda *_: calls.append(1))
+        wrapped = rf.SequenceParallel(model, group, layout="contiguous", loss_tile=11, head="head")
+        wrapped(**whole(group)).loss.backward()
+        return len(calls)
+
+    assert len({*rf.local_world(4).run(one_rank)}) == 1  # 10 or 12 tokens: a tile or two
+
+
 def test_what_a_model_does_to_logits_after_its_head_is_noticed() -> None:
     """A cap after the head would be left out of a loss from hidden states: an error on every rank, not another loss."""
 

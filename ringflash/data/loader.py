@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ringflash.accord import tell
 from ringflash.data.documents import Stream, find
 from ringflash.data.packing import Fit, Overflow, Row, number, pack, used
 from ringflash.data.reader import Parts, Reader, narrowed
@@ -120,7 +121,7 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
                 planned.append(step)
                 yield step.mine
 
-        for parts in self._read(wanted()):
+        for parts in self._told(self._read(wanted())):
             step = planned.popleft()
             self._done = step.done
             self._tokens += step.tokens
@@ -132,6 +133,14 @@ class PackedLoader(IterableDataset[dict[str, Any]]):
                 f"{self._data[1]} data ranks; pass pad_token without drop_last, more documents, or a smaller length"
             )
         self._epoch, self._done = self._epoch + 1, 0
+
+    def _told(self, read: Iterator[Any]) -> Iterator[Any]:
+        """What is read; where this rank cannot read on, the others learn why it does not come to their next call."""
+        try:
+            yield from read
+        except Exception as error:
+            tell(self._group, error)
+            raise
 
     @property
     def epoch(self) -> int:

@@ -23,8 +23,10 @@ from ringflash.forecast.holding import peak
 from ringflash.forecast.model import Model, Pass, StepCost, spell_rate, without_latency, without_links
 from ringflash.forecast.timeline import Pace, Schedule, Span, play, schedule
 from ringflash.forecast.workload import Workload
+from ringflash.numbers import said_by, whole
 from ringflash.plan import Plan, derive
 from ringflash.units import spell_bytes, spell_count, spell_tokens
+from ringflash.verify import require_plans
 
 __all__ = ["Estimate", "Pass", "Span", "StepCost", "estimate"]
 
@@ -122,6 +124,7 @@ def estimate(
     >>> print(estimate(rf.plans(s), "h100", heads=32, kv_heads=8).limit)
     compute
     """
+    require_plans(plans, "estimate")
     ranks = [plan.rank for plan in plans]
     if ranks != list(range(plans[0].ranks if plans else 1)):
         raise ValueError(f"estimate: got plans of ranks {ranks}; one plan for every rank, as of rf.plans(s)")
@@ -129,10 +132,10 @@ def estimate(
         raise ValueError("estimate: the plans are of a backward in which queries travel; pass those of rf.plans(s)")
     if any(plan.problem != plans[0].problem for plan in plans):
         raise ValueError("estimate: the plans are of several problems; pass those of one sharding, rf.plans(s)")
-    machine = load_hardware(hardware)
+    with said_by("estimate"):
+        machine = load_hardware(hardware)
     per_node = machine.gpus_per_node if ranks_per_node is None else ranks_per_node
-    if type(per_node) is not int or per_node < 1:
-        raise ValueError(f"estimate: ranks_per_node is {per_node!r}; a whole number from 1 is needed")
+    per_node = whole(per_node, "estimate: ranks_per_node", least=1)
     first = plans[0]
     workload = Workload(
         heads=heads,

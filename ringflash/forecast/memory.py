@@ -14,11 +14,12 @@ dropout. All of it is a model: allocators lose something (``reserve``), and fram
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil
 from typing import Any
 
 from ringflash.forecast.hardware import Hardware, load_hardware
 from ringflash.forecast.workload import Workload
+from ringflash.numbers import real, whole
 from ringflash.units import spell_bytes, spell_tokens
 
 HALF, WIDE = 2, 4  # bytes of a bf16 and of a float32 number
@@ -32,11 +33,6 @@ TOTALS_IN_FLIGHT = 4.0
 
 LEVELS = ("none", "selective", "attention", "full")
 """Activation checkpointing, from what keeps most to what keeps least."""
-
-
-def _whole(where: str, name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{where}: {name} is {value!r}; a whole number from 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Transformer:
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab"):
-            _whole("Transformer", name, getattr(self, name))
+            object.__setattr__(self, name, whole(getattr(self, name), f"Transformer: {name}", least=1))
         if self.heads % self.kv_heads:
             raise ValueError(f"Transformer: heads is {self.heads}, which is no multiple of kv_heads, {self.kv_heads}")
 
@@ -124,7 +120,7 @@ def find_model(name: str | Transformer) -> Transformer:
     """The model of that name; raises ``ValueError`` with the names that are known."""
     if isinstance(name, Transformer):
         return name
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"model is {name!r}; known are {', '.join(MODELS)}, or a Transformer of your own")
     return MODELS[name]
 
@@ -169,18 +165,18 @@ def memory(
     ``holding.in_flight`` counts those of any plan, and all of a gather's are ``gpus``.
     """
     model = find_model(transformer)
-    for name, value in (("gpus", gpus), ("shards", gpus if shards is None else shards)):
-        _whole("memory", name, value)
+    tokens, gpus = whole(tokens, "memory: tokens", least=0), whole(gpus, "memory: gpus", least=1)
+    over = gpus if shards is None else whole(shards, "memory: shards", least=1)
     for name, multiple in (("parts", parts), ("totals", totals)):
-        if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not 0 <= multiple < inf:
-            raise ValueError(f"memory: {name} is {multiple!r}; a finite number of shards from 0 is needed")
+        needed = "a finite number of shards from 0 is needed"
+        if real(multiple, f"memory: {name}", needed) < 0:
+            raise ValueError(f"memory: {name} is {multiple}; {needed}")
     if logits_chunk is not None:
-        _whole("memory", "logits_chunk", logits_chunk)
+        logits_chunk = whole(logits_chunk, "memory: logits_chunk", least=1)
     if stage not in range(4):
         raise ValueError(f"memory: stage is {stage!r}; ZeRO has the stages 0, 1, 2 and 3")
     if checkpointing not in LEVELS:
         raise ValueError(f"memory: checkpointing is {checkpointing!r}; accepted are {', '.join(LEVELS)}")
-    over = gpus if shards is None else shards
     held = -(-tokens // gpus)
     chunk = held if logits_chunk is None else min(held, logits_chunk)
     kept = model.layer_bytes(checkpointing)
@@ -239,10 +235,9 @@ def longest_context(
     'activations kept'
     """
     machine, model = load_hardware(hardware), find_model(transformer)
-    if not 0 <= reserve < 1:
-        raise ValueError(
-            f"longest_context: reserve is {reserve!r}; a share of the memory, from 0 to below 1, is needed"
-        )
+    share = "a share of the memory, from 0 to below 1, is needed"
+    if not 0 <= real(reserve, "longest_context: reserve", share) < 1:
+        raise ValueError(f"longest_context: reserve is {reserve}; {share}")
     usable = int(machine.memory * (1 - reserve))
 
     def needed(grains: int) -> Memory:

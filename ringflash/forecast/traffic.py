@@ -14,8 +14,10 @@ from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
+from ringflash.numbers import whole
 from ringflash.plan import Plan
 from ringflash.units import spell_bytes
+from ringflash.verify import require_plans
 
 
 class Load(NamedTuple):
@@ -67,13 +69,12 @@ def traffic(
     >>> traffic(rf.plans(rf.Sharding(4096, (0, 4), rf.full, "contiguous")), onward=2).ours
     Load(total=24576, sent=6144, received=6144, between=0)
     """
+    require_plans(plans, "traffic")
     if not plans or [plan.rank for plan in plans] != list(range(plans[0].ranks)):
         raise ValueError(f"traffic: got plans of ranks {[p.rank for p in plans]}; one plan for every rank, in order")
     ranks = plans[0].ranks
     per_node = ranks * degree if ranks_per_node is None else ranks_per_node
-    for name, value in (("ranks_per_node", per_node), ("degree", degree)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"traffic: {name} is {value!r}; a whole number from 1 is needed")
+    per_node, degree = whole(per_node, "traffic: ranks_per_node", least=1), whole(degree, "traffic: degree", least=1)
     tokens = [plans[0].moving.tokens(rank) for rank in range(ranks)]
     ours = list(_messages(plans, onward, home))
     return Traffic(

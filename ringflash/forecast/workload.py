@@ -13,10 +13,14 @@ from math import gcd
 
 import numpy as np
 
+from ringflash.numbers import whole
 from ringflash.plan import Cost
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 """Bytes of one element, by dtype."""
+
+_MOST = 1 << 20
+"""Of heads, dims and batch rows: bytes of a call stay below 2**63."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "head_dim", "value_dim", "batch", "degree"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"estimate: {name} is {value!r}; a whole number from 1 is needed")
-        if self.dtype not in ITEMSIZE:
+            object.__setattr__(self, name, whole(getattr(self, name), f"estimate: {name}", least=1, most=_MOST))
+        if not isinstance(self.dtype, str) or self.dtype not in ITEMSIZE:
             raise ValueError(f"estimate: dtype is {self.dtype!r}; accepted are {', '.join(ITEMSIZE)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"estimate: heads is {self.heads}, which is no multiple of kv_heads, {self.kv_heads}")

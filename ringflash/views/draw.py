@@ -23,6 +23,7 @@ from ringflash.forecast.cost import Estimate
 from ringflash.layout import Layout
 from ringflash.plan import Plan
 from ringflash.units import spell_tokens
+from ringflash.verify import require_plans
 from ringflash.views.chart import MESSAGES, WAITING, Chart, Palette, chart_of_pass, chart_of_work, draw_chart
 from ringflash.views.reading import read_path
 
@@ -72,10 +73,7 @@ def draw(plans: Sequence[Plan], path: str | PathLike[str], estimate: Estimate | 
 
 def _check(plans: Sequence[Plan], estimate: Estimate | None) -> None:
     """Are these the plans of all ranks, and is the estimate one of them?"""
-    if not isinstance(plans, Sequence) or not all(isinstance(p, Plan) for p in plans):
-        raise TypeError(
-            f"draw: plans is a {type(plans).__name__}; a list of the plans of all ranks is needed, rf.plans(s)"
-        )
+    require_plans(plans, "draw")
     if [p.rank for p in plans] != list(range(plans[0].ranks if plans else 1)):
         raise ValueError(
             f"draw: got plans of ranks {[p.rank for p in plans]}; one plan for every rank, as of rf.plans(s)"
