@@ -16,15 +16,20 @@ of them find a call in it, or none does, unless one of them does something else 
 
 A grid of ranks has a board along each axis: what a row has found out is compared along the columns, so everybody learns of
 everybody.
+
+A launcher that restarts processes may keep its store, and in it the notes of those that died. So before the first comparison
+rank 0 draws a name for all notes to come, and gives it to whoever shows a number that cannot be from earlier.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
+import uuid
 import weakref
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from ringflash.board import Board
@@ -40,6 +45,7 @@ _SOON = 1.0  # seconds after which a rank that waits says so
 _GRACE = 1.0  # seconds that a verdict may take longer than the notes
 
 
+_NUMBER = re.compile(r"[0-9a-f]{32}")
 _GARBLED = "garbled"  # in place of texts: what is wrong with a note
 
 
@@ -56,6 +62,7 @@ class Accord:
         self.unread: Unread = deque()
         """What was written down on the device in earlier calls: raises if it is wrong, returns whether it could be read."""
         self._levels = [(board, members) for board, members in boards(group) if board.ranks > 1]
+        self._sessions: dict[int, _Session] = {}  # by level
         self._calls = self._round = 0
         self._agreed: dict[Hashable, None] = {}
         self._last: dict[str, dict[str, str]] = {}
@@ -119,10 +126,10 @@ class Accord:
         mine = {"call": f"{self._calls} ({name})", **texts, "fault": fault}
         self._round += 1
         known: Survey = {json.dumps(mine): [self.rank]}
-        for board, members in self._levels:
-            prefix = f"ringflash/{len(self._levels)}/{self._round}"
+        for level, (board, members) in enumerate(self._levels):
+            session = self._sessions.setdefault(level, _Session(board, f"ringflash/{len(self._levels)}"))
             try:
-                known, absent = _survey(board, members, prefix, known, self._waits_for(mine))
+                known, absent = _survey(session, members, self._round, known, self._waits_for(mine))
             except RingflashError:
                 raise
             except ValueError as error:
@@ -193,17 +200,57 @@ def tell(group: Group, error: Exception) -> None:
 _accords: weakref.WeakKeyDictionary[Any, dict[Any, Accord]] = weakref.WeakKeyDictionary()
 
 
+class _Session:
+    """The name of the notes of this attempt: drawn by rank 0, the same on all ranks of a board.
+
+    The others leave a number under ``here/rank``; what rank 0 leaves under ``answer/number`` is meant for nobody else.
+    """
+
+    def __init__(self, board: Board, root: str) -> None:
+        self.board, self._root, self._answered = board, root, set[str]()
+        self.here = f"{root}/here/{board.rank}"
+        self.name = uuid.uuid4().hex if board.rank == 0 else ""
+
+    def join(self, what: str) -> bool:
+        """Learn the name; False if rank 0 did not tell it in time."""
+        board = self.board
+        if not self.name:
+            number = uuid.uuid4().hex
+            answer = f"{self._root}/answer/{number}"
+            board.post(self.here, number)
+            if _await(board, [answer], board.seconds + _GRACE, what):
+                return False
+            (self.name,) = board.read([answer])
+            board.remove([answer])
+        return True
+
+    def admit(self) -> None:
+        """Of rank 0: tell the name to whoever asks."""
+        here = [f"{self._root}/here/{rank}" for rank in range(1, self.board.ranks)]
+        gone = set(self.board.missing(here, 0, ""))
+        for number in set(self.board.read([key for key in here if key not in gone])) - self._answered:
+            if _NUMBER.fullmatch(number):  # perhaps still that of a process that has died
+                self.board.post(f"{self._root}/answer/{number}", self.name)
+            self._answered.add(number)
+
+    def key(self, number: int, of: object) -> str:
+        return f"{self._root}/{self.name}/{number}/{of}"
+
+
 def _survey(
-    board: Board, members: Sequence[Sequence[int]], prefix: str, known: Survey, what: str
+    session: _Session, members: Sequence[Sequence[int]], number: int, known: Survey, what: str
 ) -> tuple[Survey, list[int]]:
     """What all ranks of a board know together, and those of them that did not come.
 
     ``members[i]`` are the ranks for which the board's rank i speaks. Notes are taken away when they have been read.
     """
-    keys, verdict = [f"{prefix}/{rank}" for rank in range(board.ranks)], f"{prefix}/verdict"
+    board = session.board
+    if not session.join(what):
+        return known, list(members[0])
+    keys, verdict = [session.key(number, rank) for rank in range(board.ranks)], session.key(number, "verdict")
     board.post(keys[board.rank], json.dumps(known))
     if board.rank == 0:
-        absent = _await(board, keys, board.seconds, what)
+        absent = _await(board, keys, board.seconds, what, session.admit if number == 1 else None)
         together: Survey = {}
         came = [rank for rank, key in enumerate(keys) if key not in absent]
         for rank, note in zip(came, board.read([keys[rank] for rank in came]), strict=True):
@@ -212,32 +259,29 @@ def _survey(
                     together.setdefault(text, []).extend(ranks)
         missing = [rank for key, ranks in zip(keys, members, strict=True) if key in absent for rank in ranks]
         board.post(verdict, json.dumps({"known": together, "absent": missing}))
-        board.remove([keys[0], *_before(verdict)])  # who came to this round has read the verdict of the last
+        board.remove([keys[0], session.key(number - 1, "verdict")])  # who came has read the verdict of the last round
         return together, missing
     if _await(board, [verdict], board.seconds + _GRACE, what):
         absent = board.missing(keys, 0, what)
         return known, [rank for key, ranks in zip(keys, members, strict=True) if key in absent for rank in ranks]
     (note,) = board.read([verdict])
-    board.remove([keys[board.rank]])
+    board.remove([keys[board.rank], *([session.here] if number == 1 else [])])  # nobody reads them any more
     return _judgement(note, max(map(max, members)) + 1)
 
 
-def _await(board: Board, keys: list[str], seconds: float, what: str) -> list[str]:
+def _await(
+    board: Board, keys: list[str], seconds: float, what: str, meanwhile: Callable[[], None] | None = None
+) -> list[str]:
     """As ``Board.missing``; a rank that waits for long says so."""
     soon = min(_SOON, seconds)
-    absent = board.missing(keys, soon, what)
+    absent = board.missing(keys, soon, what, meanwhile)
     if not absent:
         return []
     board.waiting(what)
-    absent = board.missing(keys, seconds - soon, what)
+    absent = board.missing(keys, seconds - soon, what, meanwhile)
     if not absent:
         board.waiting("")
     return absent
-
-
-def _before(verdict: str) -> list[str]:
-    head, number, tail = verdict.rsplit("/", 2)
-    return [f"{head}/{int(number) - 1}/{tail}"] if int(number) > 1 else []
 
 
 def _told_by(speaks_for: Sequence[int], note: str) -> Survey:

@@ -48,8 +48,13 @@ class Board(Protocol):
     def read(self, keys: Sequence[str]) -> list[str]:
         """The notes under keys that are all there."""
 
-    def missing(self, keys: Sequence[str], seconds: float, what: str) -> list[str]:
-        """Wait until there are notes under all ``keys``, for so long at most; those that are not there."""
+    def missing(
+        self, keys: Sequence[str], seconds: float, what: str, meanwhile: Callable[[], None] | None = None
+    ) -> list[str]:
+        """Wait until there are notes under all ``keys``, for so long at most; those that are not there.
+
+        ``meanwhile`` is done at every look, so that others can go on whom they wait for.
+        """
 
     def remove(self, keys: Sequence[str]) -> None:
         """Take notes away; whether they are there or not."""
@@ -91,13 +96,17 @@ class StoreBoard:
                 raise ValueError(f"a note of {len(note):,} bytes under {key!r}; {LONGEST:,} are allowed")
         return [note.decode() for note in notes]
 
-    def missing(self, keys: Sequence[str], seconds: float, what: str) -> list[str]:
+    def missing(
+        self, keys: Sequence[str], seconds: float, what: str, meanwhile: Callable[[], None] | None = None
+    ) -> list[str]:
         """Looks rarely if it waits long: a thousandth of a second at first, then after a tenth of the time waited."""
         began = time.monotonic()
         while keys and not self.store.check(list(keys)):
             waited = time.monotonic() - began
-            if waited > seconds:
+            if waited > seconds or not seconds:
                 return self._absent(list(keys))
+            if meanwhile is not None:
+                meanwhile()
             time.sleep(min(max(waited / 10, 0.0002), 0.25, seconds))
         return []
 

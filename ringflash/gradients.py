@@ -37,9 +37,7 @@ class GradientSum:
     where ranks' parameters differ.
     """
 
-    def __init__(
-        self, model: nn.Module, wire: Collectives, compare: Callable[[nn.Module], None] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, wire: Collectives, compare: Callable[[nn.Module], None] | None = None) -> None:
         self._model, self._wire, self._compare = model, wire, compare
         self._parameters: list[nn.Parameter] = []
         self._hooks: list[RemovableHandle] = []

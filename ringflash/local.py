@@ -169,9 +169,19 @@ class LocalBoard:
     def read(self, keys: Sequence[str]) -> list[str]:
         return [self._state.notes[key] for key in keys]
 
-    def missing(self, keys: Sequence[str], seconds: float, what: str) -> list[str]:
-        self._state.wait_until(self.rank, lambda: all(key in self._state.notes for key in keys), what)
-        return []
+    def missing(
+        self, keys: Sequence[str], seconds: float, what: str, meanwhile: Callable[[], None] | None = None
+    ) -> list[str]:
+        notes = self._state.notes
+
+        def ready() -> bool:
+            if meanwhile is not None:
+                meanwhile()
+            return all(key in notes for key in keys)
+
+        if seconds:
+            self._state.wait_until(self.rank, ready, what)
+        return [key for key in keys if key not in notes]
 
     def remove(self, keys: Sequence[str]) -> None:
         for key in keys:

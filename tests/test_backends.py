@@ -370,6 +370,16 @@ def test_a_gradient_of_lse_alone_arrives(backend, rows):
     assert_close(run(backend, *tensors, visit(rf.causal, 40, 40)), expected)
 
 
+@pytest.mark.parametrize("backend", NAMES)
+def test_rows_that_the_loss_leaves_out_get_zero(backend):
+    """Prompts and padding have no gradient at all, neither of out nor of lse: 0 / 0 must not spoil the keys of the others."""
+    tensors = inputs(40)
+    tensors[3][:, 5:9], tensors[4][:, :, 5:9] = 0.0, 0.0
+    ours = run(backend, *tensors, visit(rf.causal, 40, 40))
+    assert_close(ours, oracle.answer(*tensors[:3], oracle.table(oracle.causal(), 40), *tensors[3:], scale=0.3))
+    assert not ours.dq[:, 5:9].any()
+
+
 @pytest.mark.parametrize("size", [1e-300, 1e-160, 1e150])
 @pytest.mark.parametrize("backend", NAMES)
 def test_a_gradient_of_any_size_arrives(backend, size):
