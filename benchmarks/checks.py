@@ -35,8 +35,8 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     if "WORLD_SIZE" not in os.environ:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -84,12 +84,13 @@ def whole_call(length: int, repeats: int, group: Any, world: str = "2 ranks in o
         if not all(torch.equal(a, b) for a, b in zip(bits["off"], bits[mode], strict=True)):
             raise SystemExit(f"{mode} has other bits than off at length {length}: nothing is timed")
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    together = dist.barrier if group is None else lambda: group.wire.all_reduce(torch.zeros(1))
     for _ in range(repeats):
         for mode, call in calls.items():
-            if group is None:
-                dist.barrier()
+            together()
             began = time.perf_counter()
             call()
+            together()
             seconds[mode].append(time.perf_counter() - began)
     least = {mode: min(values) for mode, values in seconds.items()}
     return {

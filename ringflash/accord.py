@@ -350,7 +350,8 @@ def _differences(found: Sequence[tuple[Mapping[str, str], Sequence[int]]], nobod
                 f"{text or 'nothing'} {f'on {_ranks(ranks)}' if ranks else nobody}" for text, ranks in values.items()
             )
             parts[name] = f"{name.replace(HIDDEN, ' (by digest)')}: {' and '.join(who)}"
-    return "; ".join(parts.values())
+    more = "; further differences are left out" if len(found) >= _KINDS else ""
+    return "; ".join(parts.values()) + more
 
 
 def _ranks(ranks: Sequence[int]) -> str:

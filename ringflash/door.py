@@ -42,7 +42,7 @@ def enter(
     batch, _, heads, dim = q.shape
     _, _, kv_heads, value_dim = v.shape
     scale, softcap, dropout_p, slopes = scoring.scale, scoring.softcap, scoring.dropout_p, scoring.alibi_slopes
-    shapes = (name, batch, heads, dim, kv_heads, value_dim, q.dtype)
+    shapes = (name, batch, heads, dim, kv_heads, value_dim, q.dtype, q.is_cuda)
     key = (shapes, scale, softcap, dropout_p, backend, deterministic, sinks is None, slopes is None or slopes.ndim)
     if not check.every_call:
         number = accord.recall(key, terms.digest)
