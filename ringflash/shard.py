@@ -12,24 +12,23 @@ the ranks of a row hold neighbouring parts of one shard. Zigzag, 12 positions, r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ringflash.accord import accord_of
-from ringflash.auto import choose_layout, choose_route
-from ringflash.balance import balanced
 from ringflash.check import settle
-from ringflash.groups import Group, address, connect_all, connect_axes, destroyed, nodes, resolve_axes
-from ringflash.layout import LAYOUTS, Layout
+from ringflash.groups import Group, address, connect_all, connect_axes, destroyed, resolve_axes
+from ringflash.layout import Layout
 from ringflash.mask import Mask, causal, full
 from ringflash.numbers import brief, said_by, whole
 from ringflash.plan import Plan, derive
 from ringflash.recipe import Bound, Watched, recipes
-from ringflash.route import ROUTES, Route, tour_of
+from ringflash.route import Route
+from ringflash.settled import lay_out, settle_layout, settle_route
 from ringflash.tensors import require_dense
 from ringflash.terms import terms_of
 from ringflash.ulysses import Swap
@@ -104,13 +103,13 @@ class Sharding:
             group, degree = resolve_axes(self.group, self.heads_axis)
             rings = address(group)[1] // degree
         check = settle(self.check)
-        layout = _settle_layout(self.layout, length, keys, rings, self.mask)
-        queries, held = _lay_out(layout, length, rings), _lay_out(layout, keys, rings)
+        layout = settle_layout(self.layout, length, keys, rings, self.mask)
+        queries, held = lay_out(layout, length, rings), lay_out(layout, keys, rings)
         settled = dict(
             length=length,
             group=group,
             layout=layout,
-            route=_settle_route(self.route, queries, held, self.mask, offset, group),
+            route=settle_route(self.route, queries, held, self.mask, offset, group),
             keys=keys,
             q_offset=offset,
             heads_axis=degree,
@@ -298,79 +297,6 @@ def _find_under(handle: Tensor, table: Tensor) -> Tensor:
 @_find_under.register_fake
 def _(handle: Tensor, table: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
-
-
-def _settle_layout(wanted: str | Layout, length: int, keys: int, ranks: int, mask: Mask) -> str | Layout:
-    """The name of a layout that needs no mask, with "auto" decided, or a layout that fits."""
-    if isinstance(wanted, Layout):
-        with said_by("Sharding"):
-            wanted.check()
-        if (wanted.length, wanted.ranks) != (length, ranks) or keys != length:
-            raise ValueError(
-                f"Sharding: layout has {wanted.length} positions on {wanted.ranks} ranks; needed are {length} "
-                f"on {ranks}" + ("" if keys == length else f", and {keys} keys can only be laid out by name")
-            )
-        return wanted
-    if not isinstance(wanted, str):
-        raise TypeError(
-            f"Sharding: layout is {brief(wanted)} of type {type(wanted).__name__}; a name is needed, or a Layout"
-        )
-    name = _chosen_layout(length, keys, ranks, mask) if wanted == "auto" else wanted
-    if name == "balanced":
-        if keys != length:
-            raise ValueError(
-                f"Sharding: layout is 'balanced' and there are {keys} keys for {length} queries; documents are balanced "
-                f"where queries and keys are the same positions: accepted are {', '.join(map(repr, LAYOUTS))}"
-            )
-        with said_by("Sharding"):
-            return _balanced(length, ranks, mask)
-    if name not in LAYOUTS:
-        names = ", ".join(map(repr, ("auto", *LAYOUTS, "balanced")))
-        raise ValueError(f"Sharding: layout is {wanted!r}; accepted are {names}, or a Layout")
-    return name
-
-
-def _lay_out(layout: str | Layout, length: int, ranks: int) -> Layout:
-    return layout if isinstance(layout, Layout) else _laid_out(layout, length, ranks)
-
-
-def _settle_route(wanted: str | Route, queries: Layout, keys: Layout, mask: Mask, q_offset: int, group: Group) -> Route:
-    """The route, with "auto" decided, if it fits the ranks of a ring."""
-    if isinstance(wanted, str) and wanted == "auto":
-        homes = nodes(group)
-        homes = homes if queries.ranks % homes == 0 else 1
-        route = _chosen_route(queries, keys, mask, q_offset, homes)
-    elif isinstance(wanted, str):
-        if wanted not in ROUTES:
-            names = ", ".join(map(repr, ("auto", *ROUTES)))
-            raise ValueError(f"Sharding: route is {wanted!r}; accepted are {names}, or a value as rf.double_ring(2, 4)")
-        route = ROUTES[wanted]
-    elif callable(getattr(wanted, "tour", None)):
-        route = wanted
-    else:
-        raise TypeError(
-            f"Sharding: route is {brief(wanted)}; a name is needed, or a value such as rf.double_ring(2, 4)"
-        )
-    try:
-        tour_of(route, queries.ranks)
-    except ValueError as error:
-        raise ValueError(f"Sharding: {error}") from None
-    return route
-
-
-# A sharding is built for every batch, and most of what decides it comes again.
-_chosen_layout = lru_cache(maxsize=64)(choose_layout)
-_chosen_route = lru_cache(maxsize=64)(choose_route)
-
-
-@lru_cache(maxsize=128)
-def _laid_out(name: str, length: int, ranks: int) -> Layout:
-    return LAYOUTS[name](length, ranks)
-
-
-@lru_cache(maxsize=16)
-def _balanced(length: int, ranks: int, mask: Mask) -> Layout:
-    return replace(balanced(length, ranks, mask), name="balanced")
 
 
 def plan(s: Sharding) -> Plan:

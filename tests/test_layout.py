@@ -257,7 +257,7 @@ def test_a_held_sharding_finds_what_it_has_worked_out():
 def test_an_automatic_route_is_chosen_for_each_mask(monkeypatch):
     """And a given one is kept: with_mask is the sharding that somebody would have made with that mask."""
     monkeypatch.setattr(
-        "ringflash.shard._chosen_route", lambda q, k, mask, *_: ROUTES["ring" if mask == rf.full else "gather"]
+        "ringflash.settled._chosen_route", lambda q, k, mask, *_: ROUTES["ring" if mask == rf.full else "gather"]
     )
     chosen, given = (rf.Sharding(64, (0, 4), rf.full, route=route) for route in ("auto", "ring"))
     assert (chosen.route, given.route) == (ROUTES["ring"], ROUTES["ring"])

@@ -430,7 +430,7 @@ def test_the_route_of_a_grid_knows_the_nodes_of_its_rings(
         asked.append(homes)
         return rf.plan(rf.Sharding(8, (0, 4), route="ring")).route
 
-    monkeypatch.setattr("ringflash.shard._chosen_route", note)
+    monkeypatch.setattr("ringflash.settled._chosen_route", note)
     rf.Sharding(64, None, heads_axis=2)
     rf.Sharding(64, init_device_mesh("cpu", (4, 2), mesh_dim_names=("ring", "heads")), heads_axis="heads")
     rf.Sharding(64, None, heads_axis=8)
