@@ -8,9 +8,8 @@
     restarted after an interruption     ends again: it was told to stop
 
 ``run.json`` in the folder says which launch began the run and how it ended ("running", "interrupted", "ended"; "failed" if the
-last checkpoint is missing). It keeps a
-restarted process from going on with some earlier run that the first start was about to put aside, and tells a queue
-whether to start the job again.
+last checkpoint is missing). It keeps a restarted process from going on with some earlier run that the first start was about
+to put aside, and tells a queue whether to start the job again.
 """
 
 from __future__ import annotations
@@ -56,6 +55,7 @@ def _decide(options: RunOptions, restarts: int, ranks: Ranks) -> dict[str, Any]:
     restarted = restarts > 0 and last.get("launch") == _launch()
     if restarted and last.get("state") == "interrupted":
         return {"stop": True}
+    checkpoint.recover(options.out / "checkpoints")
     steps = checkpoint.steps(options.out / "checkpoints")
     if options.resume == "required" and not steps and not restarted:
         folder = str(options.out / "checkpoints")
@@ -70,7 +70,7 @@ def _decide(options: RunOptions, restarts: int, ranks: Ranks) -> dict[str, Any]:
         ranks.say(f"--resume auto: no checkpoint in {options.out / 'checkpoints'}: begins anew")
     if not steps:
         _set_aside(options.out, ranks)
-        write(options.out, "running")
+    write(options.out, "running")  # at once: a queue must not take how the last one ended for the end of this one
     return {"stop": False, "steps": steps, "restarted": restarted}
 
 
@@ -103,7 +103,7 @@ def _launch() -> str:
 
 def _set_aside(out: Path, ranks: Ranks) -> None:
     """Keep an earlier run of the same folder under a numbered name: starting anew must not destroy anything."""
-    if (out / "metrics.jsonl").exists():
+    if (out / "metrics.jsonl").exists() or checkpoint.steps(out / "checkpoints"):
         number = next(n for n in range(1, sys.maxsize) if not out.with_name(f"{out.name}.{n}").exists())
         out.rename(out.with_name(f"{out.name}.{number}"))
         ranks.say(f"the run that was in {out} is now in {out}.{number} (--resume would have continued it)")

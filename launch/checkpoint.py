@@ -40,6 +40,7 @@ FORMAT = 2
 FOLDER = re.compile(r"step-(\d{8})")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 SUMS = "SHA256SUMS"
+LARGEST = 64 << 20  # bytes of state.json: random states are some 30 kB
 
 
 class DamagedError(UsageError):
@@ -64,12 +65,15 @@ def save(folder: Path, engine: Engine, state: Mapping[str, Any], ranks: Ranks, k
         step = int(state["step"])
         try:
             _write(folder, step, tensors, {**state, "optimizer_groups": groups, "random": _random_states()})
-            older = [other for other in steps(folder) if other < step]
-            for other in older[keep - 1 :]:
-                shutil.rmtree(folder / _name(other))
         except (OSError, SafetensorError) as error:
             shutil.rmtree(folder / _aside(step), ignore_errors=True)  # what it takes is needed elsewhere
             return f"{type(error).__name__}: {error}"
+        older = [other for other in steps(folder) if other < step]
+        for other in older[keep - 1 :]:
+            try:
+                shutil.rmtree(folder / _name(other))
+            except OSError as error:  # the new one is safe all the same; tried again after the next one
+                ranks.warn(f"{folder / _name(other)} is not needed any more and cannot be removed: {error}")
         return None
 
     failure: str | None = ranks.once("checkpoint", write)
@@ -78,21 +82,39 @@ def save(folder: Path, engine: Engine, state: Mapping[str, Any], ranks: Ranks, k
 
 def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
     for stale in (*folder.glob(".writing-*"), *folder.glob(".replaced-*")):
         shutil.rmtree(stale)
-    aside, final = folder / _aside(step), folder / _name(step)
+    aside, final, replaced = (folder / name for name in (_aside(step), _name(step), f".replaced-{step:08d}"))
     aside.mkdir()
     for name, content in tensors.items():
         save_file(content, aside / f"{name}.safetensors")
-    (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
-    (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in FILES))
-    for path in (*aside.iterdir(), aside):
-        _flush(path)
+    (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1, allow_nan=False) + "\n")
+    seal(aside, FILES)
     if final.exists():  # the same step of the same run, reached a second time after a resume
-        final.rename(folder / f".replaced-{step:08d}")
-    aside.rename(final)
-    _flush(folder)
-    shutil.rmtree(folder / f".replaced-{step:08d}", ignore_errors=True)
+        final.rename(replaced)
+    try:
+        aside.rename(final)
+        _flush(folder)
+    except OSError:
+        recover(folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Give a checkpoint its name back whose successor of the same step did not get it (rank 0 alone, before ``steps``)."""
+    for replaced in folder.glob(".replaced-*"):
+        final = folder / f"step-{replaced.name.removeprefix('.replaced-')}"
+        if not final.exists():
+            replaced.rename(final)
+
+
+def seal(folder: Path, files: Sequence[str]) -> None:
+    """Write ``SHA256SUMS`` of these files of a folder beside them, and have the system write all to the disk."""
+    (folder / SUMS).write_text("".join(f"{_sha256(folder / name)}  {name}\n" for name in files))
+    for path in (*folder.iterdir(), folder):
+        _flush(path)
 
 
 def steps(folder: Path) -> list[int]:
@@ -130,28 +152,41 @@ def newest_good(folder: Path, candidates: Sequence[int], ranks: Ranks) -> tuple[
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON half, after checking that all files are those that were written; raises ``DamagedError``."""
-    try:
-        sums = (checkpoint / SUMS).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{SUMS} cannot be read ({error})") from None
-    lines = [line.split("  ") for line in sums.splitlines()]
-    if sorted(line[-1] for line in lines) != list(FILES) or not all(len(line) == 2 for line in lines):
-        raise DamagedError(f"{SUMS} does not list {', '.join(FILES)}")
-    for digest, name in lines:
-        try:
-            found = _sha256(checkpoint / name)
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read ({error})") from None
-        if found != digest:
-            size = (checkpoint / name).stat().st_size
-            raise DamagedError(f"{name} is damaged: its {size:,} bytes have another SHA-256 than was written")
+    damage = damaged(checkpoint, FILES)
+    if damage is not None:
+        raise DamagedError(damage)
     return _parse(checkpoint)
 
 
+def damaged(folder: Path, files: Sequence[str]) -> str | None:
+    """In which way the files of a folder are not those that ``seal`` has seen; None if they are."""
+    try:
+        sums = (folder / SUMS).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{SUMS} cannot be read ({error})"
+    lines = [line.split("  ") for line in sums.splitlines()]
+    if sorted(line[-1] for line in lines) != list(files) or not all(len(line) == 2 for line in lines):
+        return f"{SUMS} does not list {', '.join(files)}"
+    for digest, name in lines:
+        if (folder / name).is_symlink():  # what was verified must be what is kept and removed here
+            return f"{name} is a link"
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+        if found != digest:
+            size = (folder / name).stat().st_size
+            return f"{name} is damaged: its {size:,} bytes have another SHA-256 than was written"
+    return None
+
+
 def _parse(checkpoint: Path) -> dict[str, Any]:
+    size = (checkpoint / "state.json").stat().st_size
+    if size > LARGEST:
+        raise DamagedError(f"state.json has {size:,} bytes; more than {LARGEST:,} are not read")
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"state.json is not JSON ({error})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
@@ -159,7 +194,7 @@ def _parse(checkpoint: Path) -> dict[str, Any]:
     missing = {"step", "optimizer_groups", "random"} - state.keys()
     if missing:
         raise DamagedError(f"state.json has no {', '.join(sorted(missing))}")
-    if checkpoint.name != _name(state["step"]):
+    if type(state["step"]) is not int or checkpoint.name != _name(state["step"]):
         raise DamagedError(f"state.json is of step {state['step']}: the folder has been renamed")
     return state
 
@@ -169,6 +204,9 @@ def refuse_mismatch(state: Mapping[str, Any], expected: Mapping[str, Mapping[str
 
     ``expected`` maps the name of a section of the state (say, ``model``) to what this run was asked for.
     """
+    missing = sorted(section for section in expected if not isinstance(state.get(section), dict))
+    if missing:
+        raise UsageError(f"--resume: the checkpoint does not say what its {', '.join(missing)} was")
     differences = [
         f"{section} {field}: {state[section].get(field)!r} there, {fields.get(field)!r} here"
         for section, fields in expected.items()
@@ -183,14 +221,47 @@ def load(checkpoint: Path, engine: Engine, state: Mapping[str, Any]) -> None:
     """Fill a model and its optimizer from a checkpoint with this state, and restore the random states.
 
     Every rank reads the same files. Works on another number of ranks and under another engine than the writer's. The
-    model must have the same parameters: call ``refuse_mismatch`` on the configs first for a sentence that helps.
+    model must have the same parameters: call ``refuse_mismatch`` on the configs first for a sentence that helps. Nothing is
+    changed if something does not fit: that is a ``UsageError``.
     """
     saved = load_file(checkpoint / "model.safetensors")
-    names = {name for name, _ in engine.model.named_parameters()}
-    if saved.keys() != names:
-        raise UsageError(f"--resume: {checkpoint} has other parameters: {sorted(saved.keys() ^ names)}")
-    engine.fill(saved, load_file(checkpoint / "optimizer.safetensors"), state["optimizer_groups"])
-    _restore_random(state["random"])
+    moments, groups = load_file(checkpoint / "optimizer.safetensors"), state["optimizer_groups"]
+    misfit = _misfit(saved, moments, groups, engine)
+    if misfit is not None:
+        raise UsageError(f"--resume: {checkpoint} has other {misfit}")
+    before = _random_states()
+    try:
+        _restore_random(state["random"])
+    except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
+        _restore_random(before)
+        raise UsageError(f"--resume: {checkpoint} has other random states: {type(error).__name__}: {error}") from None
+    engine.fill(saved, moments, groups)
+
+
+def _misfit(saved: Mapping[str, Tensor], moments: Mapping[str, Tensor], groups: Any, engine: Engine) -> str | None:
+    """What of a checkpoint does not fit, in words; copies would cast another dtype, and broadcast another shape."""
+    mine = dict(engine.model.named_parameters())
+    if saved.keys() != mine.keys():
+        return f"parameters: {sorted(saved.keys() ^ mine.keys())}"
+    # the shape that ZeRO 3 has taken away is in ds_shape
+    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in mine.items()}
+    for name, value in saved.items():
+        if tuple(value.shape) != shapes[name] or value.dtype != mine[name].dtype:
+            there, here = f"{tuple(value.shape)}, {value.dtype}", f"{shapes[name]}, {mine[name].dtype}"
+            return f"parameters: {name} is {there} there, and {here} here"
+    kinds = {key.rpartition("/")[2] for key in moments}
+    having = {key.rpartition("/")[0] for key in moments}
+    if moments.keys() != {f"{name}/{kind}" for name in having & mine.keys() for kind in kinds}:
+        return "moments: not the same kinds for each parameter, or of parameters that are not there"
+    for key, value in moments.items():
+        if (value.ndim and tuple(value.shape) != shapes[key.rpartition("/")[0]]) or not value.is_floating_point():
+            return f"moments: {key} is {tuple(value.shape)}, {value.dtype}"
+    known = engine.optimizer.defaults.keys()
+    if not isinstance(groups, list) or len(groups) != len(engine.optimizer.param_groups):
+        return "groups of parameters"
+    if not all(isinstance(group, dict) and group.keys() <= known for group in groups):
+        return f"settings of groups than {', '.join(sorted(known))}"
+    return None
 
 
 def _random_states() -> dict[str, Any]:

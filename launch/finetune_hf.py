@@ -92,7 +92,7 @@ def _config(options: FinetuneOptions) -> Any:
 
     try:
         if options.model is not None:
-            config = AutoConfig.from_pretrained(options.model, local_files_only=True)
+            config = AutoConfig.from_pretrained(options.model, local_files_only=True, trust_remote_code=False)
         else:
             config = AutoConfig.for_model(options.model_type, max_position_embeddings=options.seq_length, **SMALL)
     except (OSError, ValueError) as error:
@@ -124,7 +124,14 @@ def _model(options: FinetuneOptions, config: Any, attention: str) -> Any:
     how = dict(attn_implementation=attention, dtype=torch.float32)
     try:
         if options.model is not None:
-            return AutoModelForCausalLM.from_pretrained(options.model, config=config, local_files_only=True, **how)
+            return AutoModelForCausalLM.from_pretrained(
+                options.model,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **how,
+            )  # neither code nor a pickle of whoever made the folder
         return AutoModelForCausalLM.from_config(config, **how)
     except (OSError, ValueError) as error:
         raise UsageError(f"{config.model_type}: {str(error).splitlines()[0]}") from None

@@ -294,7 +294,6 @@ class Run:
     def _open(self, settled: Mapping[str, str]) -> bool:
         """Rank 0: the files of the run; returns False if a validation is due that an interruption has prevented."""
         options = self.options
-        attempts.write(options.out, "running")
         batches = self.step + self._skipped
         self._progress = Progress(
             options.out, self.step, options.steps, options.log_every, options.tensorboard, batches

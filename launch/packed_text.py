@@ -3,7 +3,8 @@
     files -> tokens.npy, offsets.npy -> packed rows of documents -> this rank's part of its rows
              tokens/<digest>            rf.data.PackedLoader, beside the folder of the run
 
-Tokens are written by the first rank and memory-mapped by all: what a rank does not read is not in its memory.
+Tokens are written by the first rank, which compares those of an earlier run with their checksums, and memory-mapped by all:
+what a rank does not read is not in its memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ringflash as rf
+from checkpoint import damaged, seal
 from corpus import Texts
 from finetune_options import FinetuneOptions
 from ranks import Ranks
@@ -28,6 +30,7 @@ from ringflash.data import PackedLoader, Tokens
 from run_options import UsageError
 
 BYTES = 256  # a vocabulary
+FILES = ("offsets.npy", "tokens.npy")
 SECONDS = 10.0  # between two lines about tokens that are being made
 TOKENIZERS = ("*token*", "vocab*", "*.model", "tekken.json")  # names of files, of which a tokenizer has one at least
 
@@ -67,7 +70,7 @@ def read_as(model: Path | None, vocabulary: int) -> Reader:
     from transformers import AutoTokenizer  # an extra
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"--model: its tokenizer cannot be read: {str(error).splitlines()[0]}") from None
     if len(tokenizer) > vocabulary:
@@ -173,8 +176,8 @@ def _store(texts: Sequence[bytes], reader: Reader, root: Path, ranks: Ranks) -> 
     folder = root / key.hexdigest()[:16]
     ranks.once("tokens", lambda: _tokenize(texts, reader, folder, ranks))
     try:
-        offsets = np.load(folder / "offsets.npy")
-        tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UsageError(
             f"--out: rank 0 has written {str(folder)!r}, and rank {ranks.rank} cannot see it; a file system that all nodes see "
@@ -187,7 +190,11 @@ def _store(texts: Sequence[bytes], reader: Reader, root: Path, ranks: Ranks) -> 
 
 def _tokenize(texts: Sequence[bytes], reader: Reader, folder: Path, ranks: Ranks) -> None:
     if folder.exists():
-        return
+        damage = damaged(folder, FILES)
+        if damage is None:
+            return
+        ranks.say(f"tokens: {folder} is made again: {damage}")
+        shutil.rmtree(folder)
     documents, said = [], time.monotonic()
     for text in texts:
         documents.append(reader.tokens(text))
@@ -199,4 +206,5 @@ def _tokenize(texts: Sequence[bytes], reader: Reader, folder: Path, ranks: Ranks
     aside.mkdir(parents=True)
     np.save(aside / "tokens.npy", np.concatenate(documents))
     np.save(aside / "offsets.npy", np.cumsum([0, *map(len, documents)]))
+    seal(aside, FILES)
     aside.rename(folder)

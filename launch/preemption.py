@@ -19,11 +19,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ECHO = 5.0
 """Seconds in which a second SIGTERM is the first one again: Slurm tells a launcher and its processes, and the launcher tells
 the processes too."""
+_before: dict[signal.Signals, Any] = {}  # what signals did before, while somebody listens
 
 
 class Preemption:
@@ -55,15 +57,28 @@ def listen() -> Iterator[Preemption]:
     handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread.start()
+    _before.update(handlers)
     try:
         yield preemption
     finally:
+        _before.clear()
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         writer.close()
         thread.join()
         reader.close()
+
+
+def _forget() -> None:
+    """In a forked process (a worker that loads data): what it is told is for itself, and ends it as before."""
+    if _before:
+        signal.set_wakeup_fd(-1)
+        for number, handler in _before.items():
+            signal.signal(number, handler)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _read(reader: socket.socket, preemption: Preemption) -> None:

@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ class Progress:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         done = first_step if batches is None else batches
-        kept = [r for r in read_metrics(folder) if (r["batch"] <= done if "batch" in r else r["step"] <= first_step)]
-        self._jsonl = _Lines(folder / "metrics.jsonl")
+        kept = list(
+            takewhile(lambda r: r["batch"] <= done if "batch" in r else r["step"] <= first_step, read_metrics(folder))
+        )
+        self._jsonl = _Lines(folder / "metrics.jsonl", len(kept))
         self._csv = _Lines(folder / "metrics.csv")
         self._csv.add(_csv_line(dict(zip(COLUMNS, COLUMNS, strict=True))))
         self._board = _tensorboard(folder) if tensorboard else None
@@ -65,7 +68,7 @@ class Progress:
         self._speeds: list[float] = []
         self._bar = _bar(first_step, steps)
         for record in kept:
-            self._store(record)
+            self._show(record)
 
     def trained(self, record: Record) -> None:
         """One optimizer step is done."""
@@ -105,6 +108,10 @@ class Progress:
 
     def _store(self, record: Record) -> None:
         self._jsonl.add(json.dumps(record) + "\n")
+        self._show(record)
+
+    def _show(self, record: Record) -> None:
+        """Add to what is made from ``metrics.jsonl``."""
         self._csv.add(_csv_line(record))
         if self._board is not None:
             for name, value in record.items():
@@ -113,11 +120,18 @@ class Progress:
 
 
 class _Lines:
-    """A file of lines, each whole. What a full disk does not take is kept, said once, and tried again with the next line."""
+    """A file of lines, each whole. What a full disk does not take is kept, said once, and tried again with the next line.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._waiting, self._length = path, "", 0
-        self._file = path.open("wb", buffering=0)
+    The first ``kept`` lines of a file that is there stay where they are: at no moment are they only in memory.
+    """
+
+    def __init__(self, path: Path, kept: int = 0) -> None:
+        before = b"".join(path.read_bytes().splitlines(keepends=True)[:kept]) if kept else b""
+        self._path, self._waiting, self._length = path, "", len(before)
+        self._file = path.open("r+b" if kept else "wb", buffering=0)
+        self._file.truncate(self._length)
+        if before and not before.endswith(b"\n"):
+            self.add("\n")
 
     def add(self, line: str) -> None:
         """Write a line, and those that wait before it."""

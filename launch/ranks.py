@@ -184,9 +184,8 @@ def finish(status: int = 0) -> NoReturn:
     """End the process at once, with this exit status.
 
     After success, and when all ranks were told to stop, the group is left in good order first: rank 0 may hold the store that
-    the others read. Then the interpreter's own shutdown is skipped: while it drops
-    the last gloo objects, about one loaded run in ten dies of "terminate called without an active exception", all work
-    done.
+    the others read. Then the interpreter's own shutdown is skipped: while it drops the last gloo objects, about one loaded
+    run in ten dies of "terminate called without an active exception", all work done.
     """
     if status in (0, os.EX_TEMPFAIL):
         dist.barrier()

@@ -192,7 +192,7 @@ def tell(group: Group, error: Exception) -> None:
     """Let the other ranks of a group know why this one does not come to the next call, if nothing told them yet."""
     if isinstance(error, RingflashError) or isinstance(group, tuple):
         return
-    with contextlib.suppress(RuntimeError):  # the store may be gone
+    with contextlib.suppress(RuntimeError, ValueError):  # the store may be gone, or the time-out no number
         for board, _ in boards(group):
             board.report(f"{type(error).__name__}: {error}")
 
@@ -209,7 +209,9 @@ class _Session:
     def __init__(self, board: Board, root: str) -> None:
         self.board, self._root, self._answered = board, root, set[str]()
         self.here = f"{root}/here/{board.rank}"
-        self.name = uuid.uuid4().hex if board.rank == 0 else ""
+        self.name = ""
+        if board.rank == 0:
+            self._take(uuid.uuid4().hex)
 
     def join(self, what: str) -> bool:
         """Learn the name; False if rank 0 did not tell it in time."""
@@ -220,9 +222,13 @@ class _Session:
             board.post(self.here, number)
             if _await(board, [answer], board.seconds + _GRACE, what):
                 return False
-            (self.name,) = board.read([answer])
+            self._take(*board.read([answer]))
             board.remove([answer])
         return True
+
+    def _take(self, name: str) -> None:
+        self.name = name
+        self.board.session = self.board.session or name
 
     def admit(self) -> None:
         """Of rank 0: tell the name to whoever asks."""
@@ -262,7 +268,7 @@ def _survey(
         board.remove([keys[0], session.key(number - 1, "verdict")])  # who came has read the verdict of the last round
         return together, missing
     if _await(board, [verdict], board.seconds + _GRACE, what):
-        absent = board.missing(keys, 0, what)
+        absent = board.missing(keys, 0, what) or keys[:1]  # all have come, and rank 0 did not judge
         return known, [rank for key, ranks in zip(keys, members, strict=True) if key in absent for rank in ranks]
     (note,) = board.read([verdict])
     board.remove([keys[board.rank], *([session.here] if number == 1 else [])])  # nobody reads them any more

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 LONGEST = 1 << 20  # bytes of a note: 1,000 ranks that all differ
 _LINE, _MOST = 1000, 32  # characters of a line about a failure, and lines of one rank
 _MOMENT = 1.5  # seconds that ranks give each other to say what happened to them
-_FAILURES, _WAITING = "ringflash/failures", "ringflash/waiting/{}"
+_FAILURES, _WAITING = "ringflash/failures{}", "ringflash/waiting{}/{}"
 
 
 class Store(Protocol):
@@ -41,6 +41,8 @@ class Board(Protocol):
     ranks: int
     seconds: float
     """How long a rank waits for others before it gives up."""
+    session: str
+    """The name of this attempt, once ranks have one."""
 
     def post(self, key: str, note: str) -> None:
         """Leave a note under a key."""
@@ -78,6 +80,8 @@ class StoreBoard:
     ranks: int
     seconds: float
     name: Callable[[int], str] = "rank {}".format
+    session: str = ""
+    """Of which lines are read: a store may hold those of processes that have died."""
     _reported: int = 0
 
     def post(self, key: str, note: str) -> None:
@@ -116,16 +120,16 @@ class StoreBoard:
 
     def waiting(self, what: str) -> None:
         if what:
-            self.post(_WAITING.format(self.rank), what[:_LINE])
+            self.post(self._waiting(self.rank), what[:_LINE])
         else:
-            self.remove([_WAITING.format(self.rank)])
+            self.remove([self._waiting(self.rank)])
 
     def report(self, trouble: str) -> None:
         if self._reported == _MOST:  # of somebody who goes on after every error
             return
         self._reported += 1
         line = json.dumps({"rank": self.rank, "at": time.time(), "trouble": trouble[:_LINE]})
-        self.store.append(_FAILURES, line + "\n")  # type: ignore[attr-defined]  # torch's stubs leave it out
+        self.store.append(self._failures, line + "\n")  # type: ignore[attr-defined]  # torch's stubs leave it out
 
     def distress(self, trouble: str) -> str:
         try:
@@ -134,7 +138,7 @@ class StoreBoard:
             while len(lines := self._lines()) < self.ranks and time.monotonic() - began < _MOMENT:
                 time.sleep(0.05)
             silent = sorted(set(range(self.ranks)) - {x["rank"] for x in lines})
-            waiting = {rank: key for rank in silent[:8] if self.store.check([key := _WAITING.format(rank)])}
+            waiting = {rank: key for rank in silent[:8] if self.store.check([key := self._waiting(rank)])}
             lines += [
                 {"rank": rank, "trouble": f"waits for {printable(self.store.get(key).decode(errors='replace'))}"}
                 for rank, key in waiting.items()
@@ -151,12 +155,19 @@ class StoreBoard:
             text += f" Nothing has been heard of {', '.join(map(self.name, silent[:8]))}."
         return text
 
+    @property
+    def _failures(self) -> str:
+        return _FAILURES.format(self.session and f"/{self.session}")
+
+    def _waiting(self, rank: int) -> str:
+        return _WAITING.format(self.session and f"/{self.session}", rank)
+
     def _lines(self) -> list[dict[str, Any]]:
         """The last line of each rank, in the order in which they were written, but for those of an earlier trouble."""
         newest: dict[int, dict[str, Any]] = {}
-        if not self.store.check([_FAILURES]):
+        if not self.store.check([self._failures]):
             return []
-        for text in self.store.get(_FAILURES)[-LONGEST:].decode(errors="replace").splitlines():
+        for text in self.store.get(self._failures)[-LONGEST:].decode(errors="replace").splitlines():
             try:
                 line = json.loads(text)
                 line = {"rank": int(line["rank"]), "at": float(line["at"]), "trouble": printable(line["trouble"])}

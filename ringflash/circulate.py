@@ -81,7 +81,6 @@ def circulate(
         for shard in step.done_with:
             hold.drop(shard)
     post.drain()
-    guard.close()
     return totals.arrive() if totals else None
 
 

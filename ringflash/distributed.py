@@ -114,15 +114,13 @@ class DistributedWire:
 
     def wait_for(self, work: dist.Work, on_gpu: bool, about: object, whom: Sequence[_Move] = ()) -> None:
         """Wait for the work, or have the stream wait for it; raises :class:`PeerError` if that takes too long."""
-        if on_gpu:
-            work.wait()
-            if not torch.cuda.is_current_stream_capturing():  # a captured transfer is of every replay
-                watch.add(work, self.seconds, lambda: self._overdue(about, whom))
-            return
         try:
-            work.wait(timedelta(seconds=self.seconds))
+            work.wait() if on_gpu else work.wait(timedelta(seconds=self.seconds))
         except RuntimeError as error:
             raise self._lost(about, whom, error) from error
+        if on_gpu and not torch.cuda.is_current_stream_capturing():  # a captured transfer is of every replay
+            said = str(about)  # now: what it is about holds buffers, and serves later calls
+            watch.add(work, self.seconds, lambda: self._overdue(said, whom))
 
     @cached_property
     def seconds(self) -> float:
@@ -161,7 +159,9 @@ class DistributedWire:
         return PeerError(f"{self._me}: {self._failure}.{why}{self.board.distress(_brief(about, self._failure))}")
 
     def _overdue(self, about: object, whom: Sequence[_Move]) -> None:
-        """The same, said by the thread that watches."""
+        """The same, said by the thread that watches; once, since what is behind it on the stream is its echo."""
+        if self._failure is not None:
+            return
         self._failure = self._trouble(about, whom, None)
         text = f"{self._me}: {self._failure}.{_IF_LATE}{self.board.distress(_brief(about, self._failure))}"
         print(text, file=sys.stderr, flush=True)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ringflash.backend import select
+from ringflash.errors import RingflashError
 from ringflash.guard import Guard, unfit
 from ringflash.recipe import Bound
 from ringflash.reference import Scoring
@@ -32,16 +34,24 @@ def enter(
     """The guard of a call of this ``name``, once all ranks are known to make it.
 
     ``tensors`` are q, k, v. Nothing of the key and the texts depends on how many tokens a rank holds. ``more`` tensors are
-    looked at where numbers are. Raises what :meth:`Accord.enter` raises.
+    looked at where numbers are. Raises what :meth:`Accord.enter` raises, and :class:`RingflashError` where messages should
+    have labels and a CUDA graph is captured.
     """
     watched = bound.watched
     if watched is None:
         return _UNWATCHED
     accord, check, terms = watched
     q, k, v = tensors
+    if check.labels and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RingflashError(
+            f"ring_attention: check is '{check}' while a CUDA graph is captured: every replay would send the labels of this "
+            "one call, and read none; capture with check='first'"
+        )
     batch, _, heads, dim = q.shape
     _, _, kv_heads, value_dim = v.shape
     scale, softcap, dropout_p, slopes = scoring.scale, scoring.softcap, scoring.dropout_p, scoring.alibi_slopes
+    if backend == "auto":  # of a captured graph; an eager call has settled it
+        backend = select(backend, q, v, scoring).name
     shapes = (name, batch, heads, dim, kv_heads, value_dim, q.dtype, q.is_cuda)
     key = (shapes, scale, softcap, dropout_p, backend, deterministic, sinks is None, slopes is None or slopes.ndim)
     if not check.every_call:

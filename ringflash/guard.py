@@ -84,7 +84,8 @@ class Guard:
         """Write the label of a message that this rank has packed; of a part whose ``source`` is a shard or a rank."""
         if self.check.labels and parcel.payload.numel():
             says = *self._expected(kind, source, part), 0
-            parcel.label.copy_(torch.tensor(says))
+            on_gpu = parcel.label.is_cuda  # a copy from memory that is not pinned would wait for the device
+            parcel.label.copy_(torch.tensor(says, pin_memory=on_gpu), non_blocking=on_gpu)
             if self.check.numbers:
                 parcel.label[-1:].copy_(checksum(parcel.payload))
         return parcel

@@ -159,6 +159,7 @@ class LocalBoard:
     """Notes between threads. Nobody waits in vain here: the world says so at once, so there is nothing to tell others."""
 
     seconds = math.inf
+    session = ""
 
     def __init__(self, rank: int, state: _State) -> None:
         self.rank, self.ranks, self._state = rank, state.ranks, state

@@ -52,13 +52,16 @@ def attend(
     scoring = Scoring(scale, softcap, alibi_slopes, dropout_p, int(seed))
     guard = enter("forward", bound, (q, k, v), scoring, sinks, backend, deterministic)
     if swap is None:
-        return _forward(plan, wire, guard, backend, scoring, sinks, q, k, v)
+        results = _forward(plan, wire, guard, backend, scoring, sinks, q, k, v)
+        guard.close()
+        return results
     heads = q.shape[2], k.shape[2]
     mine = swap.share(*heads).queries
     scoring, sinks = scoring.of_heads(mine), None if sinks is None else sinks[mine]
     # what is pooled lives as long as the call
     out, lse = _forward(plan, wire, guard, backend, scoring, sinks, *chain(*swap.pool((q,), (k, v), guard)))
     (out, rows), _ = swap.spread((out, lse.transpose(1, 2)), (), *heads, guard)
+    guard.close()
     return out, rows.transpose(1, 2).contiguous()
 
 
@@ -133,6 +136,7 @@ def attend_backward(
         gradients = _pooled_backward(way, swap, q, dout, lse, delta, k, v)
         (dq,), shares = swap.spread(gradients[:1], gradients[1:], *heads, guard)
         gradients = (dq, *shares)
+    guard.close()
     dq, dk, dv = (_own(gradient, dtype) for gradient, dtype in zip(gradients, dtypes, strict=True))
     if bound.watched is not None and guard.check.numbers:
         rows = out, lse, dout, dlse

@@ -275,7 +275,7 @@ class Sharding:
         accord, check, terms = self._watched
         shape = (*x.shape[:dim], -1, *x.shape[dim + 1 :])
         texts = {"shape": str(list(shape)), "dim": str(dim), "dtype": str(x.dtype), "device": x.device.type}
-        accord.enter("unshard", ("unshard", shape, dim, x.dtype), terms, texts, check.every_call)
+        accord.enter("unshard", ("unshard", shape, dim, x.dtype, x.is_cuda), terms, texts, check.every_call)
 
     @property
     def _held(self) -> Layout:

@@ -210,15 +210,24 @@ def test_a_rank_that_comes_after_the_verdict_learns_of_it():
     late = threading.Event()
 
     def work(rank: int, accord: Accord) -> int:
+        comes(accord, TEXTS)
         if rank == 1:
             late.wait(20)
         try:
-            return comes(accord, TEXTS)
+            return comes(accord, {**TEXTS, "dtype": "bfloat16"})
         finally:
             late.set()
 
-    found = on_boards(hash_boards(2, seconds=0.3), work)
+    found = on_boards(hash_boards(2, seconds=2.0), work)
     assert all(isinstance(error, PeerError) and "rank 1 did not come" in str(error) for error in found)
+
+
+def test_notes_of_all_are_no_verdict():
+    """Rank 0 stopped after its own note: who waits for its verdict may not take silence for consent."""
+    first, second = hash_boards(2, seconds=0.1)
+    first.post("ringflash/1/session/1/0", json.dumps({json.dumps({"mask": "full"}): [0]}))
+    with pytest.raises(PeerError, match=r"rank 0 did not come within 0\.1 s"):
+        comes(accord_on(second, "session"), TEXTS)
 
 
 def test_who_waits_with_something_new_says_what_is_new():

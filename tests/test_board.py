@@ -115,7 +115,7 @@ GARBAGE = [
 def test_garbage_between_the_lines_is_passed_over(line: str) -> None:
     """The error that is being raised is worth more than a complaint about a store."""
     store = dist.HashStore()
-    store.set(module._FAILURES, line + "\n")
+    store.set("ringflash/failures", line + "\n")
     other = StoreBoard(store, 1, 2, 5.0)
     other.report("a real trouble")
     assert "rank 1: a real trouble" in StoreBoard(store, 0, 2, 5.0).distress("mine")
@@ -133,7 +133,7 @@ def test_a_rank_that_goes_on_after_every_error_does_not_fill_the_store() -> None
     board = StoreBoard(store, 0, 2, 5.0)
     for number in range(500):
         board.report(f"trouble {number}")
-    assert len(store.get(module._FAILURES).splitlines()) <= 32
+    assert len(store.get("ringflash/failures").splitlines()) <= 32
 
 
 def test_a_store_that_has_died_is_said_to_be_dead() -> None:

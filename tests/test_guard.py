@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,6 +196,25 @@ def test_labels_on_a_gpu_are_read_in_a_later_call(monkeypatch: pytest.MonkeyPatc
     arrived[0] = True
     with pytest.raises(IntegrityError, match=r"call 7 .forward.: keys, from rank 0 of the ring: .*source 0, not 2"):
         read()
+
+
+def test_a_label_is_written_without_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from memory that is not pinned ends when the stream has done all before it: no hop would overlap any more."""
+    copies: list[tuple[bool, bool]] = []
+
+    class Label(_OnDevice):
+        def copy_(self, says: Any, non_blocking: bool = False) -> None:
+            copies.append((says.pinned, non_blocking))
+
+    class Packed(Parcel):
+        @property
+        def label(self) -> Any:
+            return Label(super().label)
+
+    monkeypatch.setattr(torch, "tensor", lambda says, pin_memory=False: SimpleNamespace(pinned=pin_memory))
+    plain = parcel()
+    guard("always").seal(Packed(plain.buffer, plain.tensors, plain.head), KEYS, 2, PART)
+    assert copies == [(True, True)]
 
 
 def problem(group: Any, check: str, route: str, degree: int, kv_heads: int) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,12 @@ import torch
 import torch.distributed as dist
 
 import ringflash as rf
+from ringflash.backend import select
 from ringflash.board import StoreBoard
-from ringflash.errors import DisagreementError, NonFiniteError
-from ringflash.watch import Watch
+from ringflash.check import MODES
+from ringflash.door import enter
+from ringflash.errors import DisagreementError, NonFiniteError, RingflashError
+from ringflash.reference import Scoring
 
 LENGTH = 24
 DOCUMENTS = tuple(range(0, 4 * LENGTH + 1, 4))
@@ -134,6 +136,30 @@ def test_layouts_of_the_same_name_differ() -> None:
         assert "layout (by digest): " in said
 
 
+def test_layouts_that_are_shown_alike_differ() -> None:
+    """A layout shows its first ranks: those that it leaves out are compared, too."""
+    runs = [(range(4 * rank, 4 * rank + 4),) for rank in range(6)]
+    mine, theirs = (rf.Layout(tuple(runs[i] for i in order)) for order in ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 5, 4)))
+
+    def one_rank(group: Any) -> str:
+        with pytest.raises(DisagreementError) as raised:
+            call(group, layout=theirs if group.rank == 5 else mine)
+        return str(raised.value)
+
+    for said in rf.local_world(6).run(one_rank):
+        assert "layout (by digest): " in said
+
+
+def test_a_route_of_ones_own_is_what_it_does() -> None:
+    """What Python calls an object that says nothing of itself is another text in every process."""
+
+    class Mine:
+        def tour(self, ranks: int) -> Any:
+            return rf.double_ring(1, ranks).tour(ranks)
+
+    rf.local_world(ranks=2).run(lambda group: call(group, route=Mine()))
+
+
 @pytest.mark.parametrize(("check", "compared"), [("off", [0, 0, 0, 0]), (None, [1, 0, 1, 0]), ("always", [1, 1, 1, 1])])
 def test_what_was_agreed_is_not_compared_again(check: str | None, compared: list[int]) -> None:
     """Each new call and each new mask once; in every call only where that is asked for."""
@@ -171,6 +197,30 @@ def test_a_nan_is_reported_by_all_before_it_travels(name: str) -> None:
         assert f"is not made. rank 1: {name}[0, 7, 0, 0] is nan" in said
 
 
+def test_a_captured_call_and_an_eager_one_are_the_same() -> None:
+    """One rank may fall back to eager (its shard has another length): what a graph leaves to "auto" is settled alike."""
+
+    def one_rank(group: Any) -> torch.Tensor:
+        s = rf.Sharding(LENGTH, group)
+        q = torch.ones(1, s.local_length, 2, 8)
+        backend = "auto" if group.rank else select("auto", q, q, Scoring(1.0)).name
+        given = (q, q, q, s.handle, None, None, torch.tensor(0), 1.0, 0.0, 0.0, backend, False)
+        return torch.ops.ringflash.attend(*given)[0]
+
+    rf.local_world(2).run(one_rank)
+
+
+@pytest.mark.parametrize("check", ["always", "verify"])
+def test_a_call_that_a_graph_would_repeat_is_not_labelled(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replay would send the labels of the call that was captured, and read none."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    q: Any = SimpleNamespace(is_cuda=True, shape=(1, 4, 2, 8), dtype=torch.float32)
+    watched: Any = (None, MODES[check], None)
+    bound: Any = SimpleNamespace(watched=watched)
+    with pytest.raises(RingflashError, match=f"check is '{check}' while a CUDA graph is captured"):
+        enter("forward", bound, (q, q, q), Scoring(1.0), None, "triton", False)
+
+
 def test_a_board_waits_no_longer_than_it_is_told() -> None:
     """And names the notes that are not there, of many."""
     store = dist.HashStore()
@@ -180,17 +230,3 @@ def test_a_board_waits_no_longer_than_it_is_told() -> None:
     keys = [f"note/{rank}" for rank in range(5)]
     assert board.missing(keys, 0.05, "everybody") == ["note/1", "note/4"]
     assert board.missing(keys[2:4], 0.05, "some") == [] and board.read(keys[2:4]) == ["here", "here"]
-
-
-def test_a_transfer_is_overdue_once_and_not_before() -> None:
-    """What is done is forgotten; what is late is reported once, whatever becomes of it afterwards."""
-    now, reported, done = [0.0], [], [False]
-    watch = Watch(now=lambda: now[0], _thread=threading.current_thread())
-    work = SimpleNamespace(is_completed=lambda: done[0])
-    for name, seconds in (("early", 1.0), ("late", 5.0)):
-        watch.add(work, seconds, lambda name=name: reported.append(name))
-    assert (watch.look(), reported) == (2, [])
-    now[0] = 2.0
-    assert (watch.look(), reported) == (1, ["early"])
-    done[0], now[0] = True, 9.0
-    assert (watch.look(), reported) == (0, ["early"])

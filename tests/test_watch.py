@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import ringflash as rf
 from ringflash import distributed
 from ringflash.distributed import DistributedWire
-from ringflash.errors import WireError
+from ringflash.errors import PeerError, WireError
 from ringflash.watch import Watch
 
 
@@ -49,11 +50,13 @@ def test_what_is_completed_is_forgotten(watch: Watch, clock: Clock) -> None:
     works = [Work() for _ in range(3)]
     for work in works:
         watch.add(work, 5.0, pytest.fail)
-    assert watch.look() == 3
+    assert len(watch._under_way) == 3
     for work in works:
         work.done = True
+    watch.add(Work(), 5000.0, pytest.fail)
+    assert len(watch._under_way) == 1
     clock.now += 1000
-    assert watch.look() == 0
+    watch.look()
 
 
 def test_what_is_overdue_is_reported_once(watch: Watch, clock: Clock) -> None:
@@ -61,36 +64,100 @@ def test_what_is_overdue_is_reported_once(watch: Watch, clock: Clock) -> None:
     said: list[str] = []
     watch.add(Work(), 5.0, lambda: said.append("overdue"))
     watch.add(Work(), 50.0, lambda: said.append("later"))
-    clock.now += 4.9
-    assert watch.look() == 2 and said == []
-    clock.now += 0.2
-    assert watch.look() == 1 and said == ["overdue"]
-    assert watch.look() == 1 and said == ["overdue"]
-    clock.now += 50
-    assert watch.look() == 0 and said == ["overdue", "later"]
+    for seconds, expected in ((4.9, []), (0.2, ["overdue"]), (0.0, ["overdue"]), (50, ["overdue", "later"])):
+        clock.now += seconds
+        watch.look()
+        assert said == expected
 
 
-def test_a_work_of_a_group_that_is_gone_ends_neither_the_thread_nor_the_process(capsys: Any) -> None:
-    """Asking it raises: it is nobody's any more, and the next group's transfers are looked after by the same thread."""
-    rounds = iter(range(3))
+def test_a_work_is_asked_by_another_thread_only_when_its_time_is_up(watch: Watch, clock: Clock) -> None:
+    """Asking is a call of CUDA, and a graph that the host captures meanwhile would be lost."""
+
+    class Asked(Work):
+        def is_completed(self) -> bool:
+            raise AssertionError("asked")
+
+    watch.add(Asked(), 5.0, pytest.fail)
+    watch.look()
+    clock.now += 6
+    with pytest.raises(AssertionError, match="asked"):
+        watch.look()
+
+
+def test_a_work_of_a_group_that_is_gone_ends_the_watch_over_no_other(watch: Watch, clock: Clock) -> None:
+    """Asking it raises: it is nobody's any more, and the transfers of other groups are looked after as before."""
 
     class Gone(Work):
         def is_completed(self) -> bool:
             raise RuntimeError("NCCL communicator was aborted")
 
-    class Once(Watch):
-        def look(self) -> int:
-            if next(rounds) == 1:
-                raise SystemExit
-            return super().look()
+    said: list[str] = []
+    watch.add(Gone(), 5.0, pytest.fail)
+    watch.add(Work(), 5.0, lambda: said.append("overdue"))
+    clock.now += 6
+    watch.look()
+    assert said == ["overdue"]
 
-    watch = Once()
-    watch._under_way.append((0.0, Gone(), pytest.fail))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("time.sleep", lambda seconds: None)
-        watch._look_after()
-    assert watch._under_way == []
-    assert "the watch over transfers met RuntimeError('NCCL communicator was aborted')" in capsys.readouterr().err
+
+class OnGpu(Work):
+    def wait(self) -> None:
+        if self.done:
+            raise RuntimeError("NCCL communicator was aborted")
+
+
+@pytest.fixture
+def wire(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A wire without a group, whose transfers are looked after by ``watch``."""
+
+    class Board:
+        def name(self, rank: int) -> str:
+            return f"rank {rank}"
+
+        def distress(self, trouble: str) -> str:
+            return ""
+
+    monkeypatch.setattr(distributed, "watch", watch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    wire = DistributedWire.__new__(DistributedWire)
+    wire.rank, wire.ranks, wire._failure = 0, 2, None
+    vars(wire).update(seconds=5.0, board=Board())
+    return wire
+
+
+def test_what_is_under_way_holds_no_buffers(wire: Any, watch: Watch) -> None:
+    """A thousand hops in the second between two looks: their names are kept, and not what they brought."""
+
+    class Hop:
+        def __init__(self) -> None:
+            self.room = torch.ones(8)
+
+        def __str__(self) -> str:
+            return "hop"
+
+    hop = Hop()
+    room = weakref.ref(hop.room)
+    wire.wait_for(OnGpu(), True, hop)
+    del hop
+    assert room() is None and len(watch._under_way) == 1
+
+
+def test_a_wait_that_fails_on_a_gpu_names_the_peer(wire: Any) -> None:
+    """NCCL's own error knows no hop."""
+    work = OnGpu()
+    work.done = True
+    with pytest.raises(PeerError, match=r"hop 0: the connection to rank 1 broke under 8 bytes .NCCL communicator was"):
+        wire.wait_for(work, True, "hop 0", [distributed._Move(False, 1, 8)])
+
+
+def test_of_hops_behind_each_other_the_first_is_reported(wire: Any, watch: Watch, clock: Clock, capsys: Any) -> None:
+    """The stream holds hundreds behind the one that did not come: they are its echo, and name other ranks."""
+    for hop in range(3):
+        wire.wait_for(OnGpu(), True, f"hop {hop}", [distributed._Move(False, hop, 8)])
+    clock.now += 10
+    watch.look()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "hop 0: 8 bytes did not come from rank 0 within 5 s" in said[0]
+    assert wire._failure.startswith("hop 0")
 
 
 @pytest.fixture

@@ -85,6 +85,7 @@ def test_a_restart_after_an_interruption_ends_again(tmp_path: Path, monkeypatch:
     """A launcher takes the status of a run that was told to stop for a failure; it would go on into the end of its time."""
     run = a_run(tmp_path / "run", 4, state="interrupted")
     assert decide(run, "--resume", "auto")[0].steps == [4]  # started by hand
+    attempts.write(run, "interrupted")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(attempts.ToldToStop):
         decide(run, "--resume", "auto")
@@ -132,3 +133,18 @@ def test_the_flight_recorder_is_on_unless_the_environment_has_it_otherwise(
     expected = ranks.FLIGHT_RECORDER | {"TORCH_FR_BUFFER_SIZE": "7"}
     assert {name: os.environ[name] for name in expected} == expected
     assert (tmp_path / "runs" / "hangs").is_dir()
+
+
+def test_a_run_that_goes_on_says_at_once_that_it_has_begun(tmp_path: Path) -> None:
+    """A queue would start a job again, for ever, that fails before it has read its checkpoint."""
+    run = a_run(tmp_path / "run", 3, state="interrupted", launch="earlier")
+    assert decide(run, "--resume", "auto")[0].steps == [3]
+    assert attempts.read(run) == {"state": "running", "launch": "this"}
+
+
+def test_checkpoints_alone_are_an_earlier_run_too(tmp_path: Path) -> None:
+    """Else the first restart would go on from them."""
+    run = a_run(tmp_path / "run", 9)
+    (run / "metrics.jsonl").unlink()
+    assert decide(run)[0].steps == []
+    assert (tmp_path / "run.1" / "checkpoints" / "step-00000009").is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import re
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoint
@@ -171,6 +173,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another format": (lambda f: say_again(f, '{"format": 1, "step": 2}'), "has format 1; this program reads 2"),
     "no object": (lambda f: say_again(f, "[2]"), "has format list; this program reads 2"),
     "no step": (lambda f: say_again(f, '{"format": 2, "random": {}}'), "has no optimizer_groups, step"),
+    "a step in words": (
+        lambda f: say_again(f, '{"format": 2, "step": "2", "random": {}, "optimizer_groups": []}'),
+        "is of step 2: the folder",
+    ),
+    "a state without an end": (lambda f: say_again(f, "[" * 200_000), r"state\.json is not JSON"),
+    "a state of a thousand states": (
+        lambda f: say_again(f, " " * (65 << 20) + "{}"),
+        "more than 67,108,864 are not read",
+    ),
     "its name": (lambda f: f.rename(f.with_name("step-00000007")), "is of step 2: the folder has been renamed"),
 }
 
@@ -258,3 +269,103 @@ def test_a_checkpoint_of_another_model_is_refused_field_by_field(tmp_path: Path)
     with pytest.raises(UsageError, match=r"model dim: 5 there, 6 here; data seed: 0 there, 1 here") as raised:
         checkpoint.refuse_mismatch(state, {"model": {"dim": 6, "layers": 2}, "data": {"seed": 1}})
     assert "layers" not in str(raised.value)
+
+
+def spoil_tensor(name: str, key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """Another tensor in a file, with a checksum that belongs to it."""
+
+    def act(folder: Path) -> None:
+        content = load_file(folder / name)
+        content[key] = change(content[key])
+        save_file(content, folder / name)
+        checkpoint.seal(folder, checkpoint.FILES)
+
+    return act
+
+
+def change_state(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Another state, with a checksum that belongs to it."""
+
+    def act(folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
+        change(state)
+        say_again(folder, json.dumps(state))
+
+    return act
+
+
+MISFITS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a weight of one number": (
+        spoil_tensor("model.safetensors", "0.bias", lambda t: t[:1].clone()),
+        r"0\.bias is \(1,\)",
+    ),
+    "a weight of integers": (
+        spoil_tensor("model.safetensors", "0.bias", lambda t: t.long()),
+        r"0\.bias .* torch\.int64",
+    ),
+    "a moment of one number": (
+        spoil_tensor("optimizer.safetensors", "0.bias/exp_avg", lambda t: t[:1].clone()),
+        r"0\.bias/exp_avg is \(1,\)",
+    ),
+    "a moment of nothing": (spoil_tensor("optimizer.safetensors", "0.bias/step", lambda t: t.long()), "int64"),
+    "other parameters in a group": (
+        change_state(lambda s: s["optimizer_groups"][0].update(params=[])),
+        "other settings of groups",
+    ),
+    "a group less": (change_state(lambda s: s["optimizer_groups"].pop()), "other groups"),
+    "half of a random state": (change_state(lambda s: s["random"].update(torch="00")), "other random states"),
+    "no random state": (change_state(lambda s: s["random"].pop("python")), "other random states: KeyError"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_what_does_not_fit_changes_nothing(tmp_path: Path, what: str) -> None:
+    """Copying would broadcast one number over a tensor and cast integers, and nobody would know."""
+    training = Training(seed=0, steps=1)
+    training.save(tmp_path, 1)
+    misfit, reason = MISFITS[what]
+    misfit(tmp_path / "step-00000001")
+    other = Training(seed=1, steps=1)
+    before = {name: value.clone() for name, value in other.model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    with pytest.raises(UsageError, match=reason):
+        restore(tmp_path, other.engine)
+    assert all(torch.equal(value, before[name]) for name, value in other.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_a_checkpoint_of_the_same_step_stays_until_its_successor_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one to keep it is all there is: a disk that fails between the two names must not cost it."""
+    training = Training(seed=0, steps=1)
+    training.save(tmp_path, 1, keep=1)
+    rename = Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        if path.name.startswith(".writing"):
+            raise OSError("no more names")
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        assert "no more names" in str(training.save(tmp_path, 1, keep=1))
+    assert newest(tmp_path).name == "step-00000001"
+    rename(tmp_path / "step-00000001", tmp_path / ".replaced-00000001")  # as a process that was killed there leaves it
+    checkpoint.recover(tmp_path)
+    assert newest(tmp_path).name == "step-00000001"
+
+
+def test_one_that_cannot_be_removed_is_not_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new checkpoint is safe, so the run has lost nothing and must not end as if it had."""
+    training, warned = Training(seed=0, steps=1), []
+    training.save(tmp_path, 1)
+
+    def refuse(path: Path, **how: Any) -> None:
+        if path.name == "step-00000001":
+            raise OSError("busy")
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    ranks: Any = SimpleNamespace(**vars(ALONE), warn=warned.append)
+    assert checkpoint.save(tmp_path, training.engine, {"step": 2}, ranks, keep=1) is None
+    assert len(warned) == 1 and "step-00000001 is not needed any more and cannot be removed: busy" in warned[0]

@@ -172,16 +172,22 @@ def test_a_requeued_job_goes_on_if_there_is_a_checkpoint(tmp_path: Path, out: tu
     assert found.count(f"{given}[-m]") + found.endswith(given) == 2, found
 
 
+@pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("state", ["interrupted", "running", "ended"])
-def test_a_job_that_was_told_to_stop_goes_back_into_the_queue(tmp_path: Path, state: str) -> None:
-    """Only that, or a run that fails would come back for ever; the status of the launcher is kept."""
+def test_a_job_that_was_told_to_stop_goes_back_into_the_queue(tmp_path: Path, state: str, before: bool) -> None:
+    """Only that, and not what an earlier job has left, or a run that fails would come back for ever."""
     environment = slurm(tmp_path) | launcher(tmp_path)
     attempts.write(tmp_path / "run", state)
     program(tmp_path / "bin" / "scontrol", f'echo "$@" >> {tmp_path / "asked"}; echo localhost')
-    program(Path(environment["PYTHON"]), "exit 1")
+    file = tmp_path / "run" / "run.json"
+    write = f"cp {file} {tmp_path / 'copy'}; exit 1" if before else f"cp {tmp_path / 'written'} {file}; exit 1"
+    (tmp_path / "written").write_text(file.read_text())
+    if not before:
+        file.write_text("{}")
+    program(Path(environment["PYTHON"]), write)
     run("slurm.sbatch", "train.py", "--out", tmp_path / "run", environment=environment, status=1)
     asked = (tmp_path / "asked").read_text()
-    assert (f"requeue {environment['SLURM_JOB_ID']}" in asked) == (state == "interrupted")
+    assert (f"requeue {environment['SLURM_JOB_ID']}" in asked) == (state == "interrupted" and not before)
 
 
 def test_the_signal_before_the_end_does_not_end_the_launcher(tmp_path: Path) -> None:

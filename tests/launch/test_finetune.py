@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import ranks
 from corpus import read_texts
 from finetune_options import parse
 from options import UsageError
-from packed_text import PackedText, Reader, read_as
+from packed_text import PackedText, Reader, _store, read_as
 from ringflash.checkpointing import keep_attention
 from ringflash.tiling import Tiled
 
@@ -228,6 +229,40 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no tokenizer"):
         read_as(tmp_path, 300)
     assert read_as(tmp_path, 256).tokenizer is None
+
+
+def test_tokens_that_have_changed_on_the_disk_are_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their folder is named by what they were made from: a flipped bit in them would be trained on."""
+    alone: Any = SimpleNamespace(once=lambda what, work: work(), say=print, rank=0)
+    texts = [b"one text", b"another"]
+    made = np.array(_store(texts, Reader(None, "bytes"), tmp_path, alone).tokens)
+    for damage in (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"), lambda file: file.unlink()):
+        damage(next(tmp_path.glob("*/tokens.npy")))
+        assert (_store(texts, Reader(None, "bytes"), tmp_path, alone).tokens == made).all()
+        assert re.search(r"tokens: \S+ is made again: tokens.npy (is damaged|cannot be read)", capsys.readouterr().out)
+    _store(texts, Reader(None, "bytes"), tmp_path, alone)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_saved_model_brings_neither_code_nor_pickles(tmp_path: Path) -> None:
+    """Whoever made the folder of --model can do no more harm than wrong numbers; nothing is asked on a terminal."""
+    from finetune_hf import _config, _model
+
+    transformers.Qwen3Config(vocab_size=64, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    options = parse(["--model", str(tmp_path)])
+    with pytest.raises(UsageError, match=r"model\.safetensors"):
+        _model(options, _config(options), "sdpa")
+    for config in (tmp_path / "config.json", tmp_path / "tokenizer_config.json"):
+        own = {"auto_map": {"AutoConfig": "theirs.Config", "AutoTokenizer": ["theirs.T", None]}, "model_type": "theirs"}
+        config.write_text(json.dumps(own))
+    (tmp_path / "theirs.py").write_text("raise SystemExit")
+    with pytest.raises(UsageError, match=r"trust_remote_code|custom code"):
+        _config(options)
+    with pytest.raises(UsageError, match=r"trust_remote_code|custom code"):
+        read_as(tmp_path, 64)
 
 
 def test_text_without_a_token_to_predict_is_refused(

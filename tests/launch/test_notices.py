@@ -160,3 +160,35 @@ def test_a_second_sigterm_ends_at_once() -> None:
     assert (done.returncode, done.stdout) == (143, "goes on 15\n"), done
     assert "ends at once, without a checkpoint" in done.stderr
     assert time.monotonic() - began < 45
+
+
+def test_rank_0_gives_signs_of_life_while_it_waits_for_a_slow_rank(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the others would give up on it, who is well, and not on the one that does not come."""
+    monkeypatch.setattr(notices, "SIGN", 0.05)
+
+    def act(ranks: Notices, rank: int) -> Any:
+        if rank == 1:
+            time.sleep(1.0)
+            return dist.TCPStore("127.0.0.1", store.port, is_master=False).add("signs", 0), ranks.collect("it", rank)
+        return ranks.collect("it", rank)
+
+    first, (signs, second) = on_ranks(store, act, size=2)
+    assert first == second == [0, 1]
+    assert signs > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_for_itself() -> None:
+    """A worker that is ended has not told its parent to stop, and ends."""
+    with preemption.listen() as told:
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)
+            os._exit(0)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        time.sleep(0.2)
+        assert (os.waitstatus_to_exitcode(status), told.asked) == (-signal.SIGTERM, 0)

@@ -42,6 +42,23 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     ]
 
 
+def test_records_are_at_no_moment_in_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed while it begins again has not lost its curve."""
+    _run(tmp_path, 0, 5)
+    there: list[int] = []
+    monkeypatch.setattr("progress._csv_line", lambda record: there.append(len(read_metrics(tmp_path))) or "")
+    _run(tmp_path, 3, 3)
+    assert there == [6] * 7  # while what is made from them is written: a heading, and six records
+
+
+def test_a_last_line_without_its_end_is_a_line(tmp_path: Path) -> None:
+    """What comes next is another one."""
+    _run(tmp_path, 0, 2)
+    (tmp_path / "metrics.jsonl").write_bytes((tmp_path / "metrics.jsonl").read_bytes().rstrip())
+    _run(tmp_path, 2, 4)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
 def test_without_a_terminal_there_is_one_line_per_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A log file gets lines with the loss, speed, gradient norm and memory, and no control characters."""
     _run(tmp_path, 0, 5)

@@ -19,7 +19,7 @@ RUNS = (
     Mutant(
         name="checksum-list-not-complete",
         file=CHECKPOINT,
-        old="if sorted(line[-1] for line in lines) != list(FILES) or not all(len(line) == 2 for line in lines):",
+        old="if sorted(line[-1] for line in lines) != list(files) or not all(len(line) == 2 for line in lines):",
         new="if not all(len(line) == 2 for line in lines):",
         breaks="A file that no checksum is listed for is believed.",
         caught_by=(TESTS + "test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used",),
@@ -52,8 +52,8 @@ RUNS = (
     Mutant(
         name="random-state-forgotten",
         file=CHECKPOINT,
-        old='    _restore_random(state["random"])\n',
-        new="",
+        old='        _restore_random(state["random"])\n',
+        new="        pass\n",
         breaks="After a resume dropout and data draw other numbers.",
         caught_by=(TESTS + "test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped",),
     ),

@@ -66,7 +66,7 @@ TRUST = (
     Mutant(
         name="handshake-without-the-layout",
         file=TERMS,
-        old='        "layout": _digest(repr(layout).encode()),\n',
+        old='        "layout": _digest(repr([each.runs for each in layouts]).encode()),',
         new="",
         breaks="Layouts of one's own count as equal if they have the same name.",
         caught_by=(HANDSHAKE + "test_layouts_of_the_same_name_differ",),
@@ -215,9 +215,9 @@ TRUST = (
     Mutant(
         name="overdue-transfer-not-reported",
         file="ringflash/watch.py",
-        old="                if self.now() < deadline:\n",
-        new="                if deadline < self.now():\n",
-        breaks="On a GPU a transfer that hangs is watched for ever, and one that is under way is reported.",
-        caught_by=(HANDSHAKE + "test_a_transfer_is_overdue_once_and_not_before",),
+        old="            if not _is_over(work):\n",
+        new="            if _is_over(work):\n",
+        breaks="On a GPU a transfer that hangs is not reported, and one that is done is.",
+        caught_by=("tests/test_watch.py::test_what_is_overdue_is_reported_once",),
     ),
 )
