@@ -58,7 +58,7 @@ class Steps:
         if draw.random() < 0.2:
             mask, sees = _mask(draw, length)
             s = s.with_mask(mask)
-        heads, kv_heads = draw.choice([(4, 4), (4, 2), (4, 1)])
+        heads, kv_heads = draw.choice([(6, 6), (6, 3), (6, 1)] if degree == 3 else [(4, 4), (4, 2), (4, 1)])
         dtype = torch.float64 if compare else draw.choice([torch.float32, torch.bfloat16])
         numbers = torch.Generator().manual_seed(draw.randint(0, 1 << 30))
         q, k, v, dout = (
