@@ -10,13 +10,14 @@ backward runs, earlier gradients are set aside; when it is over, what is new is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ringflash.errors import RingflashError
 from ringflash.wire import Collectives
 
 
@@ -33,12 +34,11 @@ class GradientSum:
 
     A parameter that only some ranks used counts as zero on the others; one that nobody used keeps no gradient.
     ``torch.autograd.grad`` accumulates nothing, so nothing is summed for it. Hooks of others that run while a backward is
-    under way see this rank's share. ``compare``: called with the model when it has other parameters than before; raises
-    where ranks' parameters differ.
+    under way see this rank's share.
     """
 
-    def __init__(self, model: nn.Module, wire: Collectives, compare: Callable[[nn.Module], None] | None = None) -> None:
-        self._model, self._wire, self._compare = model, wire, compare
+    def __init__(self, model: nn.Module, wire: Collectives) -> None:
+        self._model, self._wire = weakref.ref(model), wire  # whoever sums must not keep what it sums
         self._parameters: list[nn.Parameter] = []
         self._hooks: list[RemovableHandle] = []
         self._under_way: dict[int, _Backward] = {}  # by torch's number: reentrant checkpointing runs one inside another
@@ -50,19 +50,24 @@ class GradientSum:
                 for index, gradient in backward.earlier.items():
                     self._parameters[index].grad = gradient
             self._under_way = {}
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        model = self._model()
+        assert model is not None  # it is about to run
+        parameters = [p for p in model.parameters() if p.requires_grad]
         if self._wire.ranks == 1 or [id(p) for p in parameters] == [id(p) for p in self._parameters]:
             return
-        if self._compare is not None:
-            self._compare(self._model)
+        self._compare(model)
         for hook in self._hooks:
             hook.remove()
         self._parameters, self._hooks = parameters, []
+        me = weakref.ref(self)
         for index, parameter in enumerate(parameters):
             self._hooks += [
-                parameter.register_hook(lambda gradient, index=index: self._set_aside(index, gradient)),
-                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._arrived(index)),
+                parameter.register_hook(lambda gradient, index=index: _of(me)._set_aside(index, gradient)),
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: _of(me)._arrived(index)),
             ]
+
+    def _compare(self, model: nn.Module) -> None:
+        """Called when a model has other parameters than before; raises where those of ranks differ."""
 
     def _set_aside(self, index: int, gradient: Tensor) -> None:
         if gradient.is_sparse:
@@ -108,3 +113,10 @@ class GradientSum:
         parameter = self._parameters[index]
         total = total.view_as(parameter)
         parameter.grad = total.clone() if before is None else before.add_(total)
+
+
+def _of(me: weakref.ref[GradientSum]) -> GradientSum:
+    found = me()
+    if found is None:
+        raise RingflashError("SequenceParallel: the model of this backward is gone; keep it until its backward is over")
+    return found

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -176,7 +176,7 @@ class _SumOver(GradientSum):
     """A sum that knows its group, in which all ranks must have the same parameters."""
 
     def __init__(self, model: nn.Module, group: Group, check: str | None) -> None:
-        super().__init__(model, connect_all(group), self._compare)
+        super().__init__(model, connect_all(group))
         self.group, self._check = group, settle(check)
 
     def _compare(self, model: nn.Module) -> None:
@@ -190,16 +190,16 @@ class _SumOver(GradientSum):
         accord_of(self.group).enter(name, (name, *texts.values()), None, texts)
 
 
-_sums: WeakValueDictionary[int, _SumOver] = WeakValueDictionary()  # by id of the model, which lives as long as its sum
+_sums: WeakKeyDictionary[nn.Module, _SumOver] = WeakKeyDictionary()  # a model's sum lives as long as the model
 
 
 def _sum_once(model: nn.Module, group: Group, check: str | None) -> GradientSum:
     """What sums the gradients of ``model``. A model that is wrapped again keeps the one it has: two would sum twice."""
     if address(group)[1] == 1:
         return GradientSum(model, connect_all(group))
-    known = _sums.get(id(model))
+    known = _sums.get(model)
     if known is None:
-        known = _sums[id(model)] = _SumOver(model, group, check)
+        known = _sums[model] = _SumOver(model, group, check)
     if known.group != group:
         raise ValueError(
             "SequenceParallel: an earlier wrapper sums the gradients of model over another group; wrap copy.deepcopy(model)"
